@@ -1,0 +1,21 @@
+"""Settings of the whole test session."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.distributed.pool import close_all
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_the_rank_pools() -> Iterator[None]:
+    yield
+    close_all()
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    """One thread, as in the ranks that results are compared with, and the same random numbers in every test."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

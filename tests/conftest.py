@@ -19,3 +19,8 @@ def _same_start() -> None:
     """One thread, as in the ranks that results are compared with, and the same random numbers in every test."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The import-direction test first: what fails there explains what fails later."""
+    items.sort(key=lambda item: item.path.name != "test_imports.py")

@@ -1,0 +1,116 @@
+"""One declaration per update rule; every module of this package holds one as `CASE`.
+
+The runners cross them with oracles (`tests/test_rules.py`) and with layouts (`tests/distributed/test_layouts.py`). A
+new rule is one new module here, nothing else.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+Options = dict[str, Any]
+# (weight, gradients in order, **options) -> the weight after the last step
+Reference = Callable[..., Tensor]
+
+# Tall, wide, square, dims of at most 16, one row, one column, more than 4,096 elements, vectors, a scalar, nothing.
+MIXED: dict[str, Shape] = {
+    "tall": (37, 16),
+    "wide": (24, 130),
+    "square": (32, 32),
+    "small": (7, 5),
+    "row": (1, 40),
+    "column": (40, 1),
+    "large": (72, 64),
+    "vector": (33,),
+    "long_vector": (5000,),
+    "single": (1,),
+    "scalar": (),
+    "empty": (0, 16),
+    "empty_vector": (0,),
+    "experts": (3, 12, 8),
+}
+
+
+def always(shape: Shape, options: Options) -> bool:
+    """The comparison is defined for every shape."""
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle:
+    """Something to hold a rule against.
+
+    Attributes:
+        name: Shown in the test's name.
+        run: Naive reference, or a public class made into one by `public`.
+        rel: Largest ‖Δ − Δref‖ / ‖Δref‖ of each parameter's change.
+        why: Where this tolerance comes from.
+        dtype: What the oracle computes in; ours always computes in float32.
+        variants: The case's variants that it has; None is all of them.
+        where: Shapes, under a variant's options, for which the comparison is defined.
+    """
+
+    name: str
+    run: Reference
+    rel: float
+    why: str
+    dtype: torch.dtype = torch.float64
+    variants: Sequence[str] | None = None
+    where: Callable[[Shape, Options], bool] = always
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """An update rule under test.
+
+    Attributes:
+        optimizer: Name of the class in `distopt`.
+        variants: Options of the constructor, by a short name.
+        oracles: What its results are held against, one process.
+        ndims: Numbers of dims that it accepts.
+        torch_class: The class of torch.optim whose argument names, order and defaults it has, if torch has it.
+        sharded: Largest rel against one process on any layout; 0 demands torch.equal.
+        sharded_stacks: The same for models with several matrices of one shape, which may be batched differently.
+        sharded_why: Where these two come from.
+    """
+
+    optimizer: str
+    variants: dict[str, Options]
+    oracles: tuple[Oracle, ...]
+    ndims: frozenset[int]
+    torch_class: type[torch.optim.Optimizer] | None = None
+    sharded: float
+    sharded_stacks: float
+    sharded_why: str
+
+    def accepted(self, shapes: dict[str, Shape]) -> dict[str, Shape]:
+        """The shapes that this rule takes."""
+        return {name: shape for name, shape in shapes.items() if len(shape) in self.ndims}
+
+
+@cache
+def collect() -> dict[str, Case]:
+    """All cases, by the name of their module."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return {name: importlib.import_module(f"{__name__}.{name}").CASE for name in names}
+
+
+def public(cls: Callable[..., torch.optim.Optimizer], translate: Callable[[Options], Options] = dict) -> Reference:
+    """Make a reference of a public optimizer; `translate` turns our options into its."""
+
+    def run(weight: Tensor, grads: Sequence[Tensor], **options: Any) -> Tensor:
+        param = nn.Parameter(weight.clone())
+        optimizer = cls([param], **translate(options))
+        for grad in grads:
+            param.grad = grad.clone()
+            optimizer.step()
+        return param.detach()
+
+    return run

@@ -1,0 +1,23 @@
+"""Lion against lion_pytorch and the naive reference."""
+
+import torch
+from lion_pytorch import Lion  # type: ignore[import-untyped]
+
+from tests.cases import Case, Oracle, public
+from tests.references import lion
+
+CASE = Case(
+    optimizer="Lion",
+    ndims=frozenset({0, 1, 2, 3}),
+    variants={
+        "default": {},
+        "betas": {"lr": 0.01, "betas": (0.95, 0.98), "weight_decay": 0.1},
+    },
+    oracles=(
+        Oracle(name="reference", run=lion, rel=1e-5, why="float32 rounding of the weights at lr 1e-4, 5e-6 measured"),
+        Oracle(name="lion_pytorch", run=public(Lion), dtype=torch.float32, rel=1e-6, why="elementwise, same formula"),
+    ),
+    sharded=0,
+    sharded_stacks=0,
+    sharded_why="elementwise: no result depends on a cut",
+)

@@ -1,0 +1,101 @@
+"""What the ranks of `test_layouts.py` run, and the single process that they are compared with.
+
+Apart from the tests, so that a rank imports no public oracles.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import distopt
+from distopt.layouts import layout_of
+from tests.distributed.layouts import LAYOUTS, Full, lay_out, local_tensor
+
+STEPS = 20
+Shapes = dict[str, tuple[int, ...]]
+
+
+def weights(shapes: Shapes) -> Full:
+    """The same first weights in every process."""
+    generator = torch.Generator().manual_seed(1)
+    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def gradients(shapes: Shapes, step: int) -> dict[str, Tensor | None]:
+    """The same full gradients in every process. One parameter has none on every seventh step, on all ranks."""
+    generator = torch.Generator().manual_seed(100 + step)
+    grads: dict[str, Tensor | None] = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+    if step % 7 == 3:
+        grads[next(iter(shapes))] = None
+    return grads
+
+
+def one_process(optimizer: str, options: dict[str, Any], shapes: Shapes) -> tuple[Full, list[float | None]]:
+    """The weights after all steps without any process group, and the gradient norm of each step."""
+    params = {name: nn.Parameter(weight) for name, weight in weights(shapes).items()}
+    built = getattr(distopt, optimizer)(params.items(), **options)
+    norms = []
+    for step in range(STEPS):
+        for name, grad in gradients(shapes, step).items():
+            params[name].grad = grad
+        built.step()
+        norms.append(built.last_grad_norm)
+    return {name: param.detach() for name, param in params.items()}, norms
+
+
+def on_ranks(
+    optimizer: str, options: dict[str, Any], layout: str, shapes: Shapes, expected: Full
+) -> tuple[dict[str, tuple[bool, float, float]], list[float | None]]:
+    """What one rank sees: per parameter whether its elements are equal, the squared norms of error and change; and the
+    gradient norm of each step."""
+    laid = lay_out(LAYOUTS[layout], weights(shapes))
+    built = getattr(distopt, optimizer)(laid.named(), **options, **LAYOUTS[layout].options())
+    norms = []
+    for step in range(STEPS):
+        laid.set_grads(gradients(shapes, step))
+        built.step()
+        norms.append(built.last_grad_norm)
+    report = {}
+    for name, param in laid.params.items():
+        own, other = local_tensor(param).detach(), laid.local(name, expected[name])
+        change = other.double() - laid.local(name, weights(shapes)[name]).double()
+        error = (own.double() - other.double()).norm().item() ** 2
+        report[name] = (torch.equal(own, other), error, change.norm().item() ** 2)
+    return report, norms
+
+
+def placed(layout: str) -> tuple[bool, bool, bool]:
+    """Whether gathering gives back what was laid out; whether some shards here differ in size, whether one is empty."""
+    shapes = LAYOUTS[layout].shapes
+    laid = lay_out(LAYOUTS[layout], weights(shapes))
+    gathered = laid.gather(shapes)
+    sizes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, {name: len(laid.elements[name]) for name in laid.params})
+    per_param = [[size.get(name, 0) for size in sizes] for name, shape in shapes.items() if 0 not in shape]
+    return (
+        all(torch.equal(gathered[name], weight) for name, weight in weights(shapes).items()),
+        any(len(set(counts)) > 1 for counts in per_param),
+        any(0 in counts for counts in per_param),
+    )
+
+
+def regions(layout: str) -> list[str]:
+    """Parameters whose regions, in any matrix view, are not the elements that torch put here."""
+    laid = lay_out(LAYOUTS[layout], weights(LAYOUTS[layout].shapes))
+    wrong = []
+    for name, param in laid.params.items():
+        read = layout_of(param, dist.get_rank())
+        index = read.ranks.index(dist.get_rank())
+        for row_dims in range(param.ndim + 1):
+            cols = torch.Size(param.shape[row_dims:]).numel()
+            local = torch.full_like(laid.elements[name], -1)
+            for rect in read.rects(index, row_dims):
+                rows = torch.arange(rect.r1 - rect.r0)[:, None]
+                columns = torch.arange(rect.c1 - rect.c0)[None, :]
+                at = (rect.offset + rows * rect.stride + columns).flatten()
+                local[at] = ((rect.r0 + rows) * cols + rect.c0 + columns).flatten()
+            if not torch.equal(local, laid.elements[name]):
+                wrong.append(f"{name} as a matrix with {row_dims} row dims")
+    return wrong

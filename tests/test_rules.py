@@ -1,0 +1,109 @@
+"""Every update rule in one process: against its oracles, in torch.optim's terms, and the references against the public.
+
+rel is ‖Δ − Δref‖ / ‖Δref‖ of a parameter's change after 8 steps on identical fixed gradients.
+"""
+
+import inspect
+from functools import cache
+
+import pytest
+import torch
+from _pytest.mark import ParameterSet
+from torch import Tensor, nn
+
+import distopt
+from tests.cases import MIXED, Case, Oracle, Shape, collect
+
+STEPS = 8
+# The tolerances speak of rounding in the change; larger weights would add rounding of the weights themselves.
+WEIGHT_SCALE = 0.02
+
+
+@cache
+def start(shape: Shape) -> tuple[Tensor, list[Tensor]]:
+    """A weight and the gradients of all steps, float32 values."""
+    generator = torch.Generator().manual_seed(sum(size * 1000**i for i, size in enumerate(shape, 1)) + len(shape))
+    weight = WEIGHT_SCALE * torch.randn(shape, generator=generator)
+    grads = [torch.randn(shape, generator=generator) for _ in range(STEPS)]
+    if weight.numel() == 1:  # eight steps of one element could cancel, and their sum be nothing but rounding
+        grads = [grad.abs() for grad in grads]
+    return weight, grads
+
+
+def distance(result: Tensor, reference: Tensor, weight: Tensor) -> float:
+    """rel, as above; 0 where nothing changes."""
+    change = (reference.double() - weight.double()).norm().item()
+    error = (result.double() - reference.double()).norm().item()
+    return error / change if change else error
+
+
+@cache
+def ours(name: str, variant: str) -> dict[str, Tensor]:
+    """The weights after the last step, all shapes in one optimizer."""
+    case = collect()[name]
+    params = {key: nn.Parameter(start(shape)[0].clone()) for key, shape in case.accepted(MIXED).items()}
+    optimizer = getattr(distopt, case.optimizer)(params.items(), **case.variants[variant])
+    for step in range(STEPS):
+        for key, param in params.items():
+            param.grad = start(MIXED[key])[1][step].clone()
+        optimizer.step()
+    return {key: param.detach() for key, param in params.items()}
+
+
+def theirs(oracle: Oracle, case: Case, variant: str, shape: Shape) -> Tensor:
+    """The weight that an oracle arrives at."""
+    weight, grads = start(shape)
+    return oracle.run(weight.to(oracle.dtype), [grad.to(oracle.dtype) for grad in grads], **case.variants[variant])
+
+
+def comparisons(public_only: bool = False) -> list[ParameterSet]:
+    """All (case, variant, oracle); or those whose oracle is public and whose mathematics the naive reference has."""
+    rows = []
+    for name, case in collect().items():
+        [reference] = [oracle for oracle in case.oracles if oracle.name == "reference"]
+        for oracle in case.oracles:
+            for variant in oracle.variants or case.variants:
+                comparable = oracle.dtype is not torch.float64 and variant in (reference.variants or case.variants)
+                if comparable or not public_only:
+                    rows.append(pytest.param(name, variant, oracle, id=f"{name}-{variant}-{oracle.name}"))
+    return rows
+
+
+@pytest.mark.parametrize(("name", "variant", "oracle"), comparisons())
+def test_rule_agrees_with_its_oracle(name: str, variant: str, oracle: Oracle) -> None:
+    case = collect()[name]
+    shapes = {key: s for key, s in case.accepted(MIXED).items() if oracle.where(s, case.variants[variant])}
+    assert shapes, "an oracle that is compared on no shape says nothing"
+    rel = {
+        key: distance(ours(name, variant)[key], theirs(oracle, case, variant, shape), start(shape)[0])
+        for key, shape in shapes.items()
+    }
+    assert all(value <= oracle.rel for value in rel.values()), f"limit {oracle.rel} ({oracle.why}): {rel}"
+
+
+@pytest.mark.parametrize(("name", "variant", "oracle"), comparisons(public_only=True))
+def test_reference_agrees_with_the_public_implementation(name: str, variant: str, oracle: Oracle) -> None:
+    case = collect()[name]
+    [reference] = [o for o in case.oracles if o.name == "reference"]
+    options = case.variants[variant]
+    for shape in case.accepted(MIXED).values():
+        if oracle.where(shape, options) and reference.where(shape, options):
+            weight, grads = start(shape)[0].double(), [grad.double() for grad in start(shape)[1]]
+            result = oracle.run(weight, grads, **options)
+            rel = distance(result, reference.run(weight, grads, **options), weight)
+            assert rel < 1e-6, f"{shape}: {rel}, in float64"
+
+
+@pytest.mark.parametrize("name", collect())
+def test_constructor_has_the_arguments_of_torch(name: str) -> None:
+    case = collect()[name]
+    if case.torch_class is None:
+        pytest.skip("torch has no such class")
+    implementation = {"foreach", "fused", "capturable", "differentiable"}
+    theirs = dict(inspect.signature(case.torch_class).parameters)
+    positional = [p for p in theirs.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in implementation]
+    own = dict(inspect.signature(getattr(distopt, case.optimizer)).parameters)
+    assert list(own)[: len(positional)] == [p.name for p in positional]
+    for parameter in theirs.values():
+        if parameter.name not in implementation:
+            assert own[parameter.name].default == parameter.default, parameter.name

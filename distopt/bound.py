@@ -1,0 +1,286 @@
+"""An optimizer bound to its parameters: layouts read, domains made, plans built, states allocated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from distopt.comm.groups import Domain, Domains
+from distopt.elementwise import BoundElementwise
+from distopt.engine import BoundGroup
+from distopt.layouts import Partition, layout_of, local_tensor
+from distopt.plan.build import BUCKET_BYTES, Group, GroupPlan, Spec, plan_group
+from distopt.plan.report import PlanReport
+from distopt.rule import Rule
+from distopt.rules import group_rule
+from distopt.state.faces import Faces
+from distopt.state.windows import Window, make_window
+from distopt.verdict import Verdict, first_nonfinite, reach_verdict
+
+PREFIXES = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"}
+
+
+class Bound:
+    """See the module. `groups` are the optimizer's param_groups, `engine` its keyword-only options.
+
+    Raises:
+        ValueError: ranks disagree about parameters or options; a layout or a parameter that cannot be served; names
+            that collide. On every rank alike.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], engine: dict[str, Any]) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.params: list[Tensor] = [param for group in groups for param in group["params"]]
+        self.device = local_tensor(self.params[0]).device
+        for param in self.params:
+            if local_tensor(param).device != self.device:
+                raise ValueError(
+                    f"parameters lie on {self.device} and on {local_tensor(param).device}; use one optimizer per device"
+                )
+        self.names = parameter_names(groups)
+        _exchange_flat_ranges(self.params, self.device)
+        layouts = [layout_of(param, self.rank) for param in self.params]
+        replicas = _ranks(engine["process_group"])
+        union = set(replicas or ()) | {rank for layout in layouts for rank in layout.ranks} | self._mesh_ranks()
+        norm = _ranks(engine["norm_group"]) or tuple(sorted(union))
+        self.domains = Domains(_known_groups(self.params, engine))
+        self.domains.create([layout.ranks for layout in layouts] + [tuple(union), norm] + ([replicas] if replicas else []))
+        self.union, self.norm = self.domains[tuple(union)], self.domains[norm]
+
+        rules = [group_rule(group) for group in groups]
+        self._agree(rules, layouts, engine)
+        self.groups: list[BoundGroup | BoundElementwise] = []
+        self.plans: list[GroupPlan] = []
+        start = 0
+        for group, rule in zip(groups, rules):
+            stop = start + len(group["params"])
+            specs = tuple(
+                Spec(self.names[i], layouts[i], layouts[i].ranks.index(self.rank), self.params[i].element_size())
+                for i in range(start, stop)
+            )
+            plan = plan_group(Group(rule, specs, replicas, self.device.type != "cpu"), self.rank)
+            self.plans.append(plan)
+            windows = [make_window(param, spec) for param, spec in zip(self.params[start:stop], plan.specs)]
+            make = BoundElementwise if plan.elementwise else BoundGroup
+            self.groups.append(make(plan, windows, self.domains, self.device))
+            start = stop
+        if replicas:  # partitioned parameters are reduced over the replicas
+            self.domains.create([spec.layout.ranks for plan in self.plans for spec in plan.specs])
+        self.steps = [torch.zeros(()) for _ in groups]
+        self.report = PlanReport(self.plans, [f"{i} ({group['rule']})" for i, group in enumerate(groups)], self.rank)
+        self.faces = [Faces(bound, self.domains) for bound in self.groups]
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for group, faces, step in zip(self.groups, self.faces, self.steps):
+            for number, window in enumerate(group.windows):
+                self.state[window.param] = {"step": step, **faces.here(number)}
+
+    def still_holds(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether these groups have the parameters that were bound."""
+        params = [param for group in groups for param in group["params"]]
+        return len(params) == len(self.params) and all(map(lambda a, b: a is b, params, self.params))
+
+    def step(self, rules: list[Rule], engine: dict[str, Any], *, grad_scale: float, found_inf: float) -> Verdict:
+        """Verdict, then mutation; see Optimizer.step."""
+        present = [param.grad is not None for param in self.params]
+        checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
+        missing: list[set[int]] = []
+        collected: list[tuple[Tensor, int]] = []
+        start = 0
+        for group in self.groups:
+            missing.append({i for i in range(len(group.windows)) if not present[start + i]})
+            collected += group.collect(missing[-1])
+            start += len(group.windows)
+        holds = [window.numel > 0 for group in self.groups for window in group.windows]
+        flats = [(flat, holders / self.union.size) for flat, holders in collected] if checked else None
+        verdict = reach_verdict(flats, present, holds, self.union, self.norm, self.device, found_inf=found_inf)
+        if verdict.partial and engine["missing_grad"] == "raise":
+            names = ", ".join(repr(self.names[i]) for i in sorted(verdict.partial)[:5])
+            raise ValueError(
+                f"the gradient of {names} is missing on some ranks; pass missing_grad='zero' to count it as zero there"
+            )
+        if len(verdict.inert) == len(self.params) and not any(float(step) for step in self.steps):
+            raise ValueError(
+                "no parameter of this optimizer has a gradient on its first step; was the model sharded (fully_shard, "
+                "prepare) after the optimizer was built? Build it afterwards, or with distopt.create_optimizer(name, model)"
+            )
+        if not verdict.finite:
+            if engine["nonfinite"] == "raise" and not found_inf:
+                position = first_nonfinite([w.grad() for g in self.groups for w in g.windows], self.union, self.device)
+                name = f" of {self.names[position]!r}" if position >= 0 else ""
+                raise ValueError(
+                    f"the gradient{name} is not finite; nothing was changed. Pass nonfinite='skip' to skip such steps"
+                )
+            return verdict
+        norm = None if verdict.norm is None else verdict.norm / grad_scale
+        scale = 1.0 / grad_scale
+        if engine["max_grad_norm"] is not None and norm is not None:
+            scale *= min(1.0, engine["max_grad_norm"] / (norm + 1e-6))
+        start = 0
+        for group, rule, step in zip(self.groups, rules, self.steps):
+            inert = {i for i in range(len(group.windows)) if start + i in verdict.inert}
+            start += len(group.windows)
+            if len(inert) == len(group.windows):
+                continue
+            sign = -1.0 if engine["maximize"] else 1.0
+            group.step(rule, int(step) + 1, scale * sign, inert, self.union)
+            step += 1
+            self._gather(group.windows)
+        return Verdict(norm, True, verdict.inert, verdict.partial)
+
+    def _gather(self, windows: list[Window]) -> None:
+        """Make parameters that are partitioned over replicas whole again: every rank broadcasts what it updated."""
+        parted = [window for window in windows if isinstance(window.spec.layout, Partition)]
+        chunk: list[Window] = []
+        size = 0
+        for window in parted:
+            chunk.append(window)
+            size += local_tensor(window.param).nbytes
+            if size > BUCKET_BYTES or window is parted[-1]:
+                self._broadcast(chunk)
+                chunk, size = [], 0
+
+    def _broadcast(self, windows: list[Window]) -> None:
+        domain = self.domains[windows[0].spec.layout.ranks]
+        for dtype in sorted({window.param.dtype for window in windows}, key=str):
+            members = [window for window in windows if window.param.dtype == dtype]
+            flats = [window.whole_weight() for window in members]
+            jobs = []
+            for source in range(domain.size):
+                views = [
+                    flat[window.spec.layout.cuts[source] : window.spec.layout.cuts[source + 1]]  # type: ignore[attr-defined]
+                    for flat, window in zip(flats, members)
+                ]
+                total = sum(view.numel() for view in views)
+                if total:
+                    buffer = torch.cat(views) if source == domain.me else flats[0].new_empty(total)
+                    jobs.append((source, views, buffer, domain.broadcast(buffer, source)))
+            for source, views, buffer, work in jobs:
+                assert work is not None
+                work.wait()
+                if source != domain.me:
+                    torch._foreach_copy_(views, list(buffer.split([view.numel() for view in views])))
+            for window in members:
+                window.finish()
+
+    def _mesh_ranks(self) -> set[int]:
+        """The ranks of this rank's slice of the mesh that its parameters' meshes span together."""
+        found: set[int] = set()
+        meshes = {param.device_mesh for param in self.params if isinstance(param, DTensor)}
+        for root in {mesh._get_root_mesh() for mesh in meshes}:
+            ranks = root.mesh
+            mine = (ranks == self.rank).nonzero()[0]
+            members = {r for mesh in meshes if mesh._get_root_mesh() is root for r in mesh.mesh.flatten().tolist()}
+            spanned = [
+                axis
+                for axis in range(ranks.ndim)
+                if any(int((ranks == member).nonzero()[0][axis]) != int(mine[axis]) for member in members)
+            ]
+            index = tuple(slice(None) if axis in spanned else int(mine[axis]) for axis in range(ranks.ndim))
+            found |= set(ranks[index].flatten().tolist())
+        return found
+
+    def _agree(self, rules: list[Rule], layouts: list[Any], engine: dict[str, Any]) -> None:
+        """Compare what every rank of the union believes, before anything else is said."""
+        if self.union.size == 1:
+            return
+        words = [
+            f"{name}|{layout.shape}|{layout.describe()}|{param.dtype}"
+            for name, layout, param in zip(self.names, layouts, self.params)
+        ]
+        words += [f"group {i}: {type(rule).__name__} {_jsonable(asdict(rule))}" for i, rule in enumerate(rules)]
+        words.append("options: " + _jsonable({k: v for k, v in engine.items() if not k.endswith("_group")}))
+        digests = [_digest(word) for word in words]
+        counts = self.union.all_gather_ints([len(words), _digest("\n".join(words))], self.device)
+        if len({tuple(count) for count in counts}) == 1:
+            return
+        if len({count[0] for count in counts}) > 1:
+            raise ValueError(
+                "ranks disagree about the number of parameters and groups: "
+                + ", ".join(f"rank {rank} has {count[0]}" for rank, count in zip(self.union.ranks, counts))
+            )
+        table = self.union.all_gather_ints(digests, self.device)
+        for position, word in enumerate(words):
+            values = [row[position] for row in table]
+            if len(set(values)) > 1:
+                odd = [rank for rank, value in zip(self.union.ranks, values) if value != values[0]]
+                raise ValueError(
+                    f"ranks disagree: rank {self.union.ranks[0]} and ranks {odd} differ in entry {position}, which is "
+                    f"{word!r} on rank {self.rank}. Every rank must build the same optimizer"
+                )
+
+
+def parameter_names(groups: list[dict[str, Any]]) -> list[str]:
+    """Fully qualified names, without the prefixes that wrappers add; positional ones for bare tensors.
+
+    Raises:
+        ValueError: two parameters have the same name.
+    """
+    names = []
+    for g, group in enumerate(groups):
+        given = group.get("param_names")
+        names += [strip_prefixes(n) for n in given] if given else [f"{g}.{i}" for i in range(len(group["params"]))]
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"several parameters are called {twice[0]!r}")
+    return names
+
+
+def strip_prefixes(name: str) -> str:
+    """A fully qualified name without the components that torch.compile, DDP and wrappers insert.
+
+    "module" is only dropped at the front, where DDP puts it: a model may have a submodule of that name.
+    """
+    parts = name.split(".")
+    while parts and parts[0] in PREFIXES and len(parts) > 1:
+        parts = parts[1:]
+    return ".".join(part for part in parts if part not in PREFIXES - {"module"})
+
+
+def _exchange_flat_ranges(params: list[Tensor], device: torch.device) -> None:
+    """Let all ranks of each group know each other's flat ranges: one small gather per group."""
+    by_group: dict[Any, list[Any]] = defaultdict(list)
+    for param in params:
+        spec = getattr(param, "_distopt_flat", None)
+        if spec is not None and spec.ranges is None:
+            by_group[spec.group].append((spec, param.numel()))
+    for group, members in by_group.items():
+        mine = [number for spec, numel in members for number in (spec.start, spec.start + numel)]
+        table = [mine]
+        if dist.is_initialized():
+            ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+            if len(ranks) > 1:
+                domain = Domain(ranks, ranks.index(dist.get_rank()), group or dist.group.WORLD)
+                if len({row[0] for row in domain.all_gather_ints([len(mine)], device)}) > 1:
+                    raise ValueError("ranks disagree about the number of flat shards")
+                table = domain.all_gather_ints(mine, device)
+        for i, (spec, _) in enumerate(members):
+            spec.ranges = tuple((row[2 * i], row[2 * i + 1]) for row in table)
+
+
+def _known_groups(params: list[Tensor], engine: dict[str, Any]) -> list[dist.ProcessGroup]:
+    meshes = {param.device_mesh for param in params if isinstance(param, DTensor)}
+    groups = [mesh.get_group(axis) for mesh in meshes for axis in range(mesh.ndim)]
+    groups += [p._distopt_flat.group for p in params if getattr(p, "_distopt_flat", None) and p._distopt_flat.group]  # type: ignore[attr-defined]
+    return groups + [engine[key] for key in ("process_group", "norm_group") if engine[key] is not None]
+
+
+def _ranks(group: dist.ProcessGroup | None) -> tuple[int, ...] | None:
+    return None if group is None else tuple(sorted(dist.get_process_group_ranks(group)))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _jsonable(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, default=str)
+
+

@@ -1,0 +1,1 @@
+"""Communication: process groups, the packed exchange, coalesced reductions, the pipeline of buckets."""

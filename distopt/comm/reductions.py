@@ -1,0 +1,153 @@
+"""Coalesced reductions: all sums of a round of a bucket in one all-reduce, all maxima in another."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Generator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distopt.comm.groups import Domain
+from distopt.plan.build import Bucket, Entry, Stack
+from distopt.plan.trace import Ask
+from distopt.rule import Reduction, Shape
+
+
+@dataclass(frozen=True)
+class Field:
+    """Runs of `length` elements in a round's buffer, one per split entry of a logical shape; `rows` maps entries."""
+
+    length: int
+    rows: dict[int, int]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the buffer."""
+        return self.length * len(self.rows)
+
+
+def fields_of(entries: tuple[Entry, ...], ask: Ask) -> dict[Shape | None, Field]:
+    """What one request needs in the round's buffer, by logical shape; the layout is the same on every rank. Entries that
+    no rank lacks part of are answered where they lie."""
+    if ask.scope == "tensor":
+        return {None: Field(1, {param: row for row, param in enumerate(sorted({e.param for e in entries}))})}
+    numbers: dict[Shape, list[int]] = defaultdict(list)
+    for number, entry in enumerate(entries):
+        if entry.split(ask.dim):
+            numbers[entry.shape].append(number)
+    return {
+        shape: Field({-1: shape.rows, -2: shape.cols, None: 1}[ask.dim], {n: row for row, n in enumerate(found)})
+        for shape, found in numbers.items()
+    }
+
+
+class Reductions:
+    """The reductions of one bucket. Partial results of pieces are added into a buffer laid out by entries; what lies
+    whole on this rank is answered without it."""
+
+    def __init__(self, bucket: Bucket, domain: Domain, device: torch.device) -> None:
+        self.bucket, self.domain, self.device = bucket, domain, device
+        self.totals = {entry.param: prod(entry.geometry.layout.shape) for entry in bucket.entries}
+        self._fields: dict[Ask, dict[Shape | None, Field]] = {}
+        self._indices: dict[tuple[Ask, int], Tensor] = {}
+
+    def answer(
+        self, asks: tuple[Ask, ...], asked: list[tuple[Reduction, ...]]
+    ) -> Generator[dist.Work | None, None, list[list[Tensor]]]:
+        """Answer one round: `asked[i]` are the requests of stack i, matching `asks`. Yields what has to be waited for."""
+        buffers: list[dict[Shape | None, Tensor]] = [{} for _ in asks]
+        for op in ("sum", "max"):
+            mine = [q for q, ask in enumerate(asks) if (ask.kind == "max") == (op == "max")]
+            fields = [(q, shape, field) for q in mine for shape, field in self._layout(asks[q]).items()]
+            if not fields:
+                continue
+            sizes = [field.numel for _, _, field in fields]
+            flat = torch.full((sum(sizes),), 0.0 if op == "sum" else -torch.inf, device=self.device)
+            for (q, shape, field), part in zip(fields, flat.split(sizes)):
+                buffers[q][shape] = part.view(-1, field.length)
+            for position, requests in enumerate(asked):
+                for q in mine:
+                    self._add(position, asks[q], requests[q], buffers[q])
+            yield self.domain.all_reduce(flat, op)
+        return [
+            [self._read(position, ask, request, buffer) for ask, request, buffer in zip(asks, requests, buffers)]
+            for position, requests in enumerate(asked)
+        ]
+
+    def _layout(self, ask: Ask) -> dict[Shape | None, Field]:
+        if ask not in self._fields:
+            self._fields[ask] = fields_of(self.bucket.entries, ask)
+        return self._fields[ask]
+
+    def _runs(
+        self, position: int, ask: Ask, buffers: dict[Shape | None, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """(which runs, the part of them that this stack's pieces cover); None where the piece has all of the dim."""
+        stack = self.bucket.stacks[position]
+        rect, shape = stack.rect, stack.shape
+        if ask.scope == "tensor":
+            return self._index(position, ask, None), buffers[None]
+        full_rows, full_cols = rect.c1 - rect.c0 == shape.cols, rect.r1 - rect.r0 == shape.rows
+        if {-1: full_rows, -2: full_cols, None: full_rows and full_cols}[ask.dim]:
+            return None
+        part = {-1: slice(rect.r0, rect.r1), -2: slice(rect.c0, rect.c1), None: slice(None)}[ask.dim]
+        return self._index(position, ask, shape), buffers[shape][:, part]
+
+    def _index(self, position: int, ask: Ask, shape: Shape | None) -> Tensor:
+        if (ask, position) not in self._indices:
+            rows = self._layout(ask)[shape].rows
+            pieces = self.bucket.stacks[position].pieces
+            found = [rows[piece.param if shape is None else piece.entry] for piece in pieces]
+            self._indices[ask, position] = torch.tensor(found, device=self.device)
+        return self._indices[ask, position]
+
+    def _add(self, position: int, ask: Ask, request: Reduction, buffers: dict[Shape | None, Tensor]) -> None:
+        runs = self._runs(position, ask, buffers)
+        if runs is None:
+            return
+        index, into = runs
+        stack = self.bucket.stacks[position]
+        partial = _partial(ask, request.x)
+        # A row statistic is known to all who hold part of the row: each adds it in proportion to what it holds.
+        if ask.of == "row":
+            partial = partial * ((stack.rect.c1 - stack.rect.c0) / stack.shape.cols)
+        elif ask.of == "col":
+            partial = partial * ((stack.rect.r1 - stack.rect.r0) / stack.shape.rows)
+        flat = partial.reshape(len(stack.pieces), -1)
+        if ask.kind == "max":
+            into.index_reduce_(0, index, flat, "amax")
+        else:
+            into.index_add_(0, index, flat)
+
+    def _read(self, position: int, ask: Ask, request: Reduction, buffers: dict[Shape | None, Tensor]) -> Tensor:
+        stack = self.bucket.stacks[position]
+        runs = self._runs(position, ask, buffers)
+        if runs is None:
+            answer = _partial(ask, request.x)
+        else:
+            index, part = runs
+            k, rows, cols = stack.size
+            answer = part[index].view({-1: (k, rows, 1), -2: (k, 1, cols), None: (k, 1, 1)}[ask.dim])
+        if ask.kind == "mean":
+            answer = answer / self._count(stack, ask)
+        return answer
+
+    def _count(self, stack: Stack, ask: Ask) -> int | Tensor:
+        """What a mean divides by."""
+        if ask.scope == "tensor":
+            totals = [self.totals[piece.param] for piece in stack.pieces]
+            if len(set(totals)) == 1:
+                return totals[0]
+            return torch.tensor(totals, device=self.device).view(-1, 1, 1)
+        rows = stack.shape.rows if ask.dim != -1 and ask.of != "col" else 1
+        cols = stack.shape.cols if ask.dim != -2 and ask.of != "row" else 1
+        return rows * cols
+
+
+def _partial(ask: Ask, x: Tensor) -> Tensor:
+    dims = (-2, -1) if ask.dim is None else (ask.dim,)
+    return x.amax(dims, keepdim=True) if ask.kind == "max" else x.sum(dims, keepdim=True)

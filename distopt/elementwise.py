@@ -1,0 +1,183 @@
+"""Elementwise rules: no pieces, no requests; flat slices of any length, in the chunks that suit the hardware.
+
+Small parameters are packed into one slab, so that a thousand of them cost one call. Large ones are stepped in place,
+by a fused kernel where the table has one, else by the rule's text in chunks that stay in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from distopt.comm.groups import Domain, Domains
+from distopt.kernels import LANES, fused_kernel
+from distopt.plan.build import GroupPlan
+from distopt.plan.trace import step_values
+from distopt.rule import Rule, Shape, StateView
+from distopt.state.windows import Window
+
+SMALL = 1 << 14
+"""Elements below which a parameter is packed with others: a call costs more than the copy."""
+CHUNK = 1 << 16
+"""Elements that the rule's text handles at once on a CPU: its temporaries stay in the cache (3.5 times faster than
+whole tensors at 30M elements)."""
+
+
+@dataclass
+class Part:
+    """Flat tensors that are stepped together: weight, gradient, states."""
+
+    weight: Tensor
+    grad: Tensor
+    states: dict[str, Tensor]
+
+
+class BoundElementwise:
+    """An elementwise parameter group bound to its tensors."""
+
+    def __init__(self, plan: GroupPlan, windows: list[Window], domains: Domains, device: torch.device) -> None:
+        self.plan, self.windows, self.device = plan, windows, device
+        self.gpu = device.type != "cpu"
+        self.small = sorted((i for i, w in enumerate(windows) if w.numel < SMALL), key=lambda i: windows[i].holders)
+        self.large = [i for i, window in enumerate(windows) if window.numel >= SMALL]
+        packed = sum(windows[i].numel for i in self.small)
+        self.padded = -(-packed // LANES) * LANES
+        self.weights = torch.zeros(self.padded, device=device)
+        self.grads = torch.zeros(self.padded, device=device)
+        self.slabs: dict[str, Tensor] = {}
+        sizes = [windows[i].numel for i in self.small]
+        for name, state in plan.rule.states(Shape(1, 1, 1)).items():
+            slab = self.slabs[name] = torch.full((self.padded,), state.fill, device=device)
+            for i, part in zip(self.small, slab[:packed].split(sizes)):
+                windows[i].state[name] = part
+            for i in self.large:
+                windows[i].state[name] = torch.full((windows[i].numel,), state.fill, device=device)
+        self._weight_views = self._shaped(self.weights[:packed])
+        self._grad_views = self._shaped(self.grads[:packed])
+
+    def _shaped(self, slab: Tensor) -> list[Tensor]:
+        parts = slab.split([self.windows[i].numel for i in self.small])
+        return [part.view(self.windows[i].raw_shape()) for i, part in zip(self.small, parts)]
+
+    def collect(self, missing: set[int]) -> list[tuple[Tensor, int]]:
+        """The gradients as few flat tensors, with the number of ranks that hold one copy of each: the slab of small ones
+        (missing ones are zero) and each large one."""
+        present = [k for k, i in enumerate(self.small) if i not in missing]
+        if present:
+            torch._foreach_copy_(
+                [self._grad_views[k] for k in present], [self.windows[self.small[k]].raw_grad() for k in present]
+            )
+        for k, i in enumerate(self.small):
+            if i in missing:
+                self._grad_views[k].zero_()
+        self._large_grads: dict[int, Tensor] = {}
+        for i in self.large:
+            grad = None if i in missing else self.windows[i].grad()
+            self._large_grads[i] = torch.zeros(self.windows[i].numel, device=self.device) if grad is None else grad
+        flats = [(self._large_grads[i], self.windows[i].holders) for i in self.large]
+        start = 0
+        for holders, members in groupby(self.small, key=lambda i: self.windows[i].holders):
+            stop = start + sum(self.windows[i].numel for i in members)
+            flats.append((self.grads[start:stop], holders))
+            start = stop
+        return flats
+
+    def step(self, rule: Rule, step: int, scale: float, inert: set[int], union: Domain) -> None:
+        """Step every parameter with `scale` times the gradients last collected; `inert` ones are left alone."""
+        large = [i for i in self.large if i not in inert]
+        weights = {i: self.windows[i].weight() for i in large}
+        kernel = fused_kernel(rule)
+        parts: list[Part] = []
+        if self.small:
+            views = [self.windows[i].raw_weight() for i in self.small]
+            saved = {i: {n: t.clone() for n, t in self.windows[i].state.items()} for i in self.small if i in inert}
+            torch._foreach_copy_(self._weight_views, views)
+            parts.append(Part(self.weights, self.grads, self.slabs))
+        for i in large:
+            parts.append(Part(weights[i], self._large_grads[i], self.windows[i].state))
+        if abs(scale) != 1.0:
+            torch._foreach_mul_([part.grad for part in parts], abs(scale))
+            self._return_grads()
+        if scale < 0:
+            parts = [Part(part.weight, -part.grad, part.states) for part in parts]
+        fused = [p for p in parts if kernel is not None and p.weight.dtype == p.grad.dtype == torch.float32]
+        if kernel is not None and fused:
+            with _aligned(fused, self.device) as lists:
+                kernel(rule, step, *lists)
+        for part in parts:
+            if kernel is None or not any(part is done for done in fused):
+                self._run(rule, step, part)
+        if self.small:
+            kept = [k for k, i in enumerate(self.small) if i not in inert]
+            if kept:
+                torch._foreach_copy_([views[k] for k in kept], [self._weight_views[k] for k in kept])
+            for i, states in saved.items():
+                for name, value in states.items():
+                    self.windows[i].state[name].copy_(value)
+        for i in large:
+            self.windows[i].finish()
+
+    def _return_grads(self) -> None:
+        """Leave small gradients scaled as well."""
+        present = [k for k, i in enumerate(self.small) if self.windows[i].param.grad is not None]
+        if present:
+            torch._foreach_copy_(
+                [self.windows[self.small[k]].raw_grad() for k in present], [self._grad_views[k] for k in present]
+            )
+
+    def _run(self, rule: Rule, step: int, part: Part) -> None:
+        h = step_values(rule, step, Shape(1, 1, 1), self.gpu)
+        size = part.weight.numel() if self.gpu else CHUNK
+        for start in range(0, part.weight.numel(), max(size, 1)):
+            chunk = slice(start, start + size)
+            view = StateView({name: state[chunk] for name, state in part.states.items()})
+            new = rule.update(part.grad[chunk].float(), part.weight[chunk].float(), view, h)
+            part.weight[chunk].copy_(new)
+            for name, value in view.new.items():
+                part.states[name][chunk].copy_(value)
+
+
+class _aligned:
+    """Lists for a fused kernel whose lengths are multiples of LANES: the ends of all parts are stepped together in a
+    scratch, and copied back on leaving."""
+
+    def __init__(self, parts: list[Part], device: torch.device) -> None:
+        self.parts, self.device = parts, device
+        self.ends = [part for part in parts if part.weight.numel() % LANES]
+
+    def __enter__(self) -> tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]:
+        names = list(self.parts[0].states)
+        heads = [part.weight.numel() // LANES * LANES for part in self.parts]
+        weights = [part.weight[:n] for part, n in zip(self.parts, heads)]
+        grads = [part.grad[:n] for part, n in zip(self.parts, heads)]
+        states = {name: [part.states[name][:n] for part, n in zip(self.parts, heads)] for name in names}
+        if self.ends:
+            columns = [[part.weight for part in self.ends], [part.grad for part in self.ends]]
+            columns += [[part.states[name] for part in self.ends] for name in names]
+            self.tails = [[t[t.numel() // LANES * LANES :] for t in column] for column in columns]
+            self.scratch = torch.zeros((len(columns), LANES * len(self.ends)), device=self.device)
+            self.slots = [
+                [row[k * LANES : k * LANES + t.numel()] for k, t in enumerate(column)]
+                for row, column in zip(self.scratch, self.tails)
+            ]
+            for slots, tails in zip(self.slots, self.tails):
+                torch._foreach_copy_(slots, tails)
+            weights.append(self.scratch[0])
+            grads.append(self.scratch[1])
+            for k, name in enumerate(names):
+                states[name].append(self.scratch[2 + k])
+        return weights, grads, states
+
+    def __exit__(self, *error: object) -> None:
+        if self.ends and error[0] is None:
+            for slots, tails in self._changed():
+                torch._foreach_copy_(tails, slots)
+
+    def _changed(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        pairs = list(zip(self.slots, self.tails))
+        yield pairs[0]
+        yield from pairs[2:]

@@ -1,0 +1,272 @@
+"""The engine: drives rules over the plan, in lock-step, and commits what they return.
+
+It knows requests, stacks and buckets; no rule by name and no layout by kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distopt.comm.exchange import Exchange, Segment
+from distopt.comm.groups import Domain, Domains
+from distopt.comm.pipeline import Barrier, Run, run_pipelined
+from distopt.comm.reductions import Reductions
+from distopt.plan.build import Bucket, GroupPlan, Stack
+from distopt.plan.trace import Ask, step_values, trace
+from distopt.rule import Back, Reduction, Rule, Shape, StateView, Whole
+from distopt.state.windows import Slabs, Window, allocate_stacks, strided
+
+IN_FLIGHT = 3
+"""Buckets at once: one being packed, one travelling, one being computed."""
+
+
+class BoundBucket:
+    """A bucket with its tensors: the stacks of pieces, the owned matrices, the states of both."""
+
+    def __init__(
+        self, bucket: Bucket, rule: Rule, windows: list[Window], pieces: dict[int, Any], domain: Domain, device: torch.device
+    ) -> None:
+        self.bucket, self.windows, self.domain, self.device = bucket, windows, domain, device
+        self.gpu = device.type != "cpu"
+        self.slabs, self.owned_slabs = allocate_stacks(rule, bucket, windows, pieces, device)
+        self.reductions = Reductions(bucket, domain, device)
+        self.exchange = _routes(bucket, windows, domain) if bucket.exchanged else None
+
+    def run(self, rule: Rule, step: int, weights: list[Tensor], grads: list[Tensor], inert: set[int]) -> Run:
+        """One step: start every stack's generator, answer round by round, commit."""
+        bucket = self.bucket
+        runs: list[Generator[Any, Any, Tensor]] = []
+        views: list[StateView] = []
+        for stack, slabs in zip(bucket.stacks, self.slabs):
+            views.append(StateView(slabs.tensors))
+            h = step_values(rule, step, stack.shape, self.gpu)
+            runs.append(rule.update(_load(grads, stack), _load(weights, stack), views[-1], h))
+        for group, slabs in zip(bucket.owned, self.owned_slabs):
+            views.append(StateView(slabs.tensors))
+            nothing = torch.empty((0, group.shape.rows, group.shape.cols), device=self.device)
+            runs.append(rule.update(nothing, nothing, views[-1], step_values(rule, step, group.shape, self.gpu)))
+        shape = bucket.entries[0].shape
+        answers: list[Any] = [None] * len(runs)
+        values: list[Tensor] = []
+        for asks in trace(rule, shape, step, self.gpu).rounds:
+            requests = [_normalize(run.send(answer)) for run, answer in zip(runs, answers)]
+            answered = yield from self._answer(asks, requests)
+            answers = [found if len(asks) > 1 else found[0] for found in answered]
+        for run, answer in zip(runs, answers):
+            try:
+                run.send(answer)
+            except StopIteration as end:
+                values.append(end.value)
+        assert len(values) == len(runs)
+        self._commit(views, values, weights, inert)
+
+    def _answer(self, asks: tuple[Ask, ...], requests: list[tuple[Any, ...]]) -> Generator[Any, Any, list[list[Tensor]]]:
+        """All requests of one round. Stacks of pieces come first, owned matrices after them."""
+        pieces = len(self.bucket.stacks)
+        answers: list[list[Any]] = [[None] * len(asks) for _ in requests]
+        local = [q for q, ask in enumerate(asks) if ask.kind in ("sum", "mean", "max") and ask.scope != "optimizer"]
+        if local:
+            asked = [tuple(requests[i][q] for q in local) for i in range(pieces)]
+            found = yield from self.reductions.answer(tuple(asks[q] for q in local), asked)
+            for i, answer in enumerate(found):
+                for q, value in zip(local, answer):
+                    answers[i][q] = value
+            for i in range(pieces, len(requests)):
+                for q in local:
+                    answers[i][q] = _reduced_nothing(requests[i][q])
+        for q, ask in enumerate(asks):
+            column = [request[q] for request in requests]
+            if q in local:
+                continue
+            if ask.scope == "optimizer":
+                total = yield Barrier(self._partial(ask, column), "max" if ask.kind == "max" else "sum")
+                found_all = [total.view(1, 1, 1)] * len(requests)
+            elif self.exchange is None:
+                found_all = [request.x for request in column]
+            elif ask.kind == "whole":
+                found_all = yield from self._whole(self.exchange, column, ask.dtype)
+            else:
+                found_all = yield from self._back(self.exchange, column, ask.dtype)
+            for i, value in enumerate(found_all):
+                answers[i][q] = value
+        return answers
+
+    def _whole(self, exchange: Exchange, column: list[Whole], dtype: torch.dtype) -> Generator[Any, Any, list[Tensor]]:
+        bucket = self.bucket
+        sources = [request.x for request in column[: len(bucket.stacks)]]
+        sample = torch.empty(0, dtype=dtype, device=self.device)
+        targets = [sample.new_empty((len(o.entries), o.shape.rows, o.shape.cols)) for o in bucket.owned]
+        yield from exchange.forward(sources, targets, sample)
+        nothing = [sample.new_empty((0, stack.shape.rows, stack.shape.cols)) for stack in bucket.stacks]
+        return nothing + targets
+
+    def _back(self, exchange: Exchange, column: list[Back], dtype: torch.dtype) -> Generator[Any, Any, list[Tensor]]:
+        bucket = self.bucket
+        sources = [request.x for request in column[len(bucket.stacks) :]]
+        sample = torch.empty(0, dtype=dtype, device=self.device)
+        targets = [sample.new_empty(stack.size) for stack in bucket.stacks]
+        yield from exchange.backward(sources, targets, sample)
+        return targets + [sample.new_empty((0, o.shape.rows, o.shape.cols)) for o in bucket.owned]
+
+    def _partial(self, ask: Ask, column: list[Reduction]) -> Tensor:
+        """This rank's part of a sum of optimizer scope; replicated copies are counted once by the caller's weights."""
+        parts = [request.x for request in column[: len(self.bucket.stacks)]]
+        if ask.kind == "max":
+            return torch.stack([part.amax() for part in parts]).amax().view(1)
+        share = 1.0 / self.copies
+        return sum((part.sum() for part in parts), torch.zeros((), device=self.device)).view(1) * share
+
+    copies: float = 1.0
+
+    def _commit(self, views: list[StateView], values: list[Tensor], weights: list[Tensor], inert: set[int]) -> None:
+        """Write new states and weights; parameters without a gradient anywhere stay as they were."""
+        bucket = self.bucket
+        for stack, slabs, view, value in zip(bucket.stacks, self.slabs, views, values):
+            kept = [piece.param not in inert for piece in stack.pieces]
+            for name, new in view.new.items():
+                _write(slabs.tensors[name], new, kept)
+            for item, (piece, keep) in enumerate(zip(stack.pieces, kept)):
+                if keep:
+                    _view(weights[piece.param], piece.rect).copy_(value[item])
+        for group, slabs, view in zip(bucket.owned, self.owned_slabs, views[len(bucket.stacks) :]):
+            kept = [bucket.entries[number].param not in inert for number in group.entries]
+            for name, new in view.new.items():
+                if slabs.kinds[name] == "owner":
+                    _write(slabs.tensors[name], new, kept)
+
+
+def _routes(bucket: Bucket, windows: list[Window], domain: Domain) -> Exchange:
+    """Where every piece of this rank goes, and where every piece of the matrices owned here comes from."""
+    pieces: list[list[Segment]] = [[] for _ in range(domain.size)]
+    owned: list[list[Segment]] = [[] for _ in range(domain.size)]
+    place = {(p.entry, p.rect): (s, i) for s, stack in enumerate(bucket.stacks) for i, p in enumerate(stack.pieces)}
+    home = {number: (s, i) for s, group in enumerate(bucket.owned) for i, number in enumerate(group.entries)}
+    for number, entry in enumerate(bucket.entries):
+        assert entry.owner is not None
+        layout_ranks = entry.geometry.layout.ranks
+        for rect in entry.geometry.pieces_of(windows[entry.param].spec.index, entry.matrix):
+            s, i = place[number, rect]
+            pieces[entry.owner].append(Segment(s, i, 0, rect.r1 - rect.r0, 0, rect.c1 - rect.c0))
+        if entry.owner == domain.me:
+            s, i = home[number]
+            for index, rank in enumerate(layout_ranks):
+                peer = domain.ranks.index(rank)
+                for rect in entry.geometry.pieces_of(index, entry.matrix):
+                    owned[peer].append(Segment(s, i, rect.r0, rect.r1, rect.c0, rect.c1))
+    return Exchange(domain, pieces, owned)
+
+
+def _load(flats: list[Tensor], stack: Stack) -> Tensor:
+    """The stack (k, rows, cols) in fp32: a view where one can be had."""
+    if len({piece.param for piece in stack.pieces}) == 1:
+        return strided(flats[stack.pieces[0].param], stack).float()
+    return torch.stack([_view(flats[piece.param], piece.rect) for piece in stack.pieces]).float()
+
+
+def _view(flat: Tensor, rect: Any) -> Tensor:
+    return flat.as_strided(
+        (rect.r1 - rect.r0, rect.c1 - rect.c0), (rect.stride, 1), flat.storage_offset() + rect.offset
+    )
+
+
+def _write(old: Tensor, new: Tensor, kept: list[bool]) -> None:
+    if all(kept) or old.shape[0] != len(kept):
+        old.copy_(new)
+        return
+    for item, keep in enumerate(kept):
+        if keep:
+            old[item].copy_(new[item])
+
+
+def _normalize(requests: Any) -> tuple[Any, ...]:
+    return requests if isinstance(requests, tuple) else (requests,)
+
+
+def _reduced_nothing(request: Reduction) -> Tensor:
+    """The answer to a stack of no pieces."""
+    rows, cols = request.x.shape[1:]
+    return request.x.new_zeros(
+        (0, 1 if request.dim in (-2, None) else rows, 1 if request.dim in (-1, None) else cols)
+    )
+
+
+class BoundGroup:
+    """One parameter group bound to its tensors: windows, buckets and states."""
+
+    def __init__(self, plan: GroupPlan, windows: list[Window], domains: Domains, device: torch.device) -> None:
+        self.plan, self.windows, self.domains, self.device = plan, windows, domains, device
+        domains.create([bucket.ranks for bucket in plan.buckets])
+        pieces: dict[int, list[Any]] = {}
+        for bucket in plan.buckets:
+            for stack in bucket.stacks:
+                for piece in stack.pieces:
+                    pieces.setdefault(piece.param, []).append(piece)
+        for found in pieces.values():
+            found.sort(key=lambda piece: piece.rect.offset)
+        self.buckets = [
+            BoundBucket(bucket, plan.rule, windows, pieces, domains[bucket.ranks], device) for bucket in plan.buckets
+        ]
+        self._owner_states = self._find_owner_states()
+
+    def collect(self, missing: set[int]) -> list[tuple[Tensor, int]]:
+        """The gradients, flat (zero where missing), with the number of ranks that hold one copy of each."""
+        self._grads = []
+        for i, window in enumerate(self.windows):
+            grad = None if i in missing else window.grad()
+            self._grads.append(torch.zeros(window.numel, device=self.device) if grad is None else grad)
+        return [(grad, window.holders) for grad, window in zip(self._grads, self.windows)]
+
+    def step(self, rule: Rule, step: int, scale: float, inert: set[int], union: Domain) -> None:
+        """Update every parameter with `scale` times the gradients last collected; `inert` ones are left alone."""
+        if abs(scale) != 1.0:
+            torch._foreach_mul_(self._grads, abs(scale))
+        grads = self._grads if scale > 0 else [-grad for grad in self._grads]
+        weights = [window.weight() for window in self.windows]
+
+        def total(partial: Tensor, op: str) -> Tensor:
+            work = union.all_reduce(partial, op)
+            if work is not None:
+                work.wait()
+            return partial
+
+        runs = (bucket.run(rule, step, weights, grads, inert) for bucket in self.buckets)
+        run_pipelined(runs, IN_FLIGHT, total, self._barriers(rule, step))
+        for window in self.windows:
+            window.finish()
+
+    def owner_state(self, param: int, matrix: int, name: str) -> Tensor:
+        """A state (rows, cols) of a matrix that is computed on this rank."""
+        return self._owner_states[param, matrix][name]
+
+    def scalar_state(self, name: str) -> Tensor:
+        """A state of optimizer kind, which every stack of the group keeps alike."""
+        for bucket in self.buckets:
+            for slabs in bucket.slabs:
+                if name in slabs.tensors:
+                    return slabs.tensors[name].view(())
+        return torch.zeros((), device=self.device)
+
+    def _find_owner_states(self) -> dict[tuple[int, int], dict[str, Tensor]]:
+        found: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for bound in self.buckets:
+            entries = bound.bucket.entries
+            homes = [([piece.entry for piece in stack.pieces], slabs) for stack, slabs in zip(bound.bucket.stacks, bound.slabs)]
+            if bound.bucket.exchanged:
+                homes = [(list(owned.entries), slabs) for owned, slabs in zip(bound.bucket.owned, bound.owned_slabs)]
+            for numbers, slabs in homes:
+                for item, number in enumerate(numbers):
+                    entry = entries[number]
+                    found[entry.param, entry.matrix] = {
+                        name: tensor[item] for name, tensor in slabs.tensors.items() if slabs.kinds[name] == "owner"
+                    }
+        return found
+
+    def _barriers(self, rule: Rule, step: int) -> list[tuple[str, int]]:
+        if not self.plan.specs:
+            return []
+        asks = [ask for asks in trace(rule, Shape(8, 8), step, False).rounds for ask in asks if ask.scope == "optimizer"]
+        return [("max" if ask.kind == "max" else "sum", 1) for ask in asks]

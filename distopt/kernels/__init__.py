@@ -1,0 +1,66 @@
+"""Fused steps: the table (rule, storage) → kernel. What is not in the table runs the rule's own text.
+
+A kernel steps lists of flat fp32 tensors in place: weights, gradients, states by name. torch's own fused CPU kernels
+compute the last few elements of a tensor with other instructions than the rest, and so round them differently; callers
+hand over lengths that are multiples of `LANES` where bits must not depend on where a tensor was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distopt.rule import Rule
+from distopt.rules.adamw import AdamW
+from distopt.rules.sgd import SGD
+
+LANES = 16
+
+Kernel = Callable[[Any, int, list[Tensor], list[Tensor], dict[str, list[Tensor]]], None]
+
+
+def fused_kernel(rule: Rule) -> Kernel | None:
+    """The kernel for a rule with fp32 weights, gradients and states; None where the rule's own text is to run."""
+    return KERNELS.get(type(rule))
+
+
+def _adamw(
+    rule: AdamW, step: int, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
+) -> None:
+    count = torch.tensor(float(step), device=weights[0].device)
+    torch._fused_adamw_(
+        weights,
+        grads,
+        states["exp_avg"],
+        states["exp_avg_sq"],
+        states.get("max_exp_avg_sq", []),
+        [count] * len(weights),
+        lr=rule.lr,
+        beta1=rule.betas[0],
+        beta2=rule.betas[1],
+        weight_decay=rule.weight_decay,
+        eps=rule.eps,
+        amsgrad=rule.amsgrad,
+        maximize=False,
+    )
+
+
+def _sgd(rule: SGD, step: int, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]) -> None:
+    torch._fused_sgd_(
+        weights,
+        grads,
+        states.get("momentum_buffer", []),
+        weight_decay=rule.weight_decay,
+        momentum=rule.momentum,
+        lr=rule.lr,
+        dampening=rule.dampening,
+        nesterov=rule.nesterov,
+        maximize=False,
+        is_first_step=step == 1,
+    )
+
+
+KERNELS: dict[type[Rule], Kernel] = {AdamW: _adamw, SGD: _sgd}

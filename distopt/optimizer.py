@@ -1,0 +1,255 @@
+"""The optimizer: torch.optim.Optimizer's interface, bind, and the only step()."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from inspect import Parameter, Signature
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from distopt.bound import Bound
+from distopt.plan.geometry import logical_of
+from distopt.plan.report import PlanReport
+from distopt.rule import require
+from distopt.rules import group_rule, rule_class
+
+ENGINE_OPTIONS: dict[str, Any] = {
+    "max_grad_norm": None,
+    "nonfinite": "raise",
+    "missing_grad": "zero",
+    "process_group": None,
+    "norm_group": None,
+    "maximize": False,
+}
+TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused")
+BOOKKEEPING = {"params", "param_names", "rule", "initial_lr"}
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base of every optimizer of this package, and the class behind mixed ones (a rule per group, `group["rule"]`).
+
+    Keyword-only options on all:
+        max_grad_norm: clip the global gradient norm, over every group and mesh, each shard counted once. Gradients are
+            left clipped, as torch.nn.utils.clip_grad_norm_ leaves them.
+        nonfinite: a NaN or infinity in any gradient on any rank raises ("raise"), skips the step on every rank
+            ("skip"), or is not looked for (None: no extra pass).
+        missing_grad: a gradient that is there on some ranks only counts as zero ("zero") or raises ("raise"). One that
+            is nowhere leaves its parameter untouched.
+        process_group: replicas (DDP) to partition states and work over; updated parameters are gathered.
+        norm_group: the ranks that the norm and the verdict are taken over, where that is more than the ranks that hold
+            these parameters (pipeline stages).
+        maximize: ascend.
+
+    The layout of parameters is read, and states are made, on the first of step, state, state_dict, load_state_dict and
+    plan ("bind"): shard the model before that. Bind is collective where parameters are sharded.
+    """
+
+    rule_name: ClassVar[str] = ""
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Iterable[Any], rule: str, options: dict[str, Any]) -> None:
+        unknown = set(options) - {f.name for f in fields(rule_class(rule))} - set(ENGINE_OPTIONS) - set(TORCH_OPTIONS)
+        known = [f.name for f in fields(rule_class(rule))] + list(ENGINE_OPTIONS)
+        for name in sorted(unknown):
+            near = get_close_matches(name, known, n=1)
+            raise TypeError(f"{rule} has no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        for name in TORCH_OPTIONS:
+            if options.get(name):
+                warnings.warn(f"{name}={options[name]!r} has no meaning here and is ignored", stacklevel=3)
+        engine = {key: options.get(key, default) for key, default in ENGINE_OPTIONS.items()}
+        require(engine["nonfinite"] in ("raise", "skip", None), f"nonfinite: 'raise', 'skip' or None, got {engine['nonfinite']!r}")
+        require(engine["missing_grad"] in ("zero", "raise"), f"missing_grad: 'zero' or 'raise', got {engine['missing_grad']!r}")
+        limit = engine["max_grad_norm"]
+        require(limit is None or (math.isfinite(limit) and limit > 0), f"max_grad_norm must be > 0 or None, got {limit}")
+        self.engine = engine
+        self.last_grad_norm: float | None = None
+        self.skipped_steps = 0
+        self._bound: Bound | None = None
+        self._pending: list[dict[str, Any]] | None = None
+        hyper = {f.name: options[f.name] for f in fields(rule_class(rule)) if f.name in options}
+        super().__init__(params, {"rule": rule, **_defaults(rule), **hyper})
+
+    # The state is made at bind, and bind may have to wait until parameters are final, so it is a property.
+    @property  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
+        """State by parameter, as in torch.optim; binds."""
+        return self._bind().state if self.param_groups else defaultdict(dict)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        assert not value, "states are made at bind and loaded with load_state_dict"
+
+    @property
+    def plan(self) -> PlanReport:
+        """What each rank computes, sends and keeps: `.explain()`, `.summary()`; binds."""
+        return self._bind().report
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes that this rank's collectives sent and received, and their number, since `reset_traffic`."""
+        traffic = self._bind().domains.traffic
+        return {"bytes_sent": traffic.sent, "bytes_received": traffic.received, "collectives": traffic.calls}
+
+    def reset_traffic(self) -> None:
+        """Start counting again."""
+        traffic = self._bind().domains.traffic
+        traffic.sent = traffic.received = traffic.calls = 0
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which may have a `rule` of its own; its options default to that rule's, lr and weight decay to
+        the optimizer's.
+
+        Raises:
+            ValueError: an unknown option or rule; a parameter that the rule cannot serve, that is sparse, complex, on
+                the meta device, or in another group already.
+        """
+        group = dict(param_group)
+        name = group.setdefault("rule", self.defaults["rule"])
+        allowed = {f.name for f in fields(rule_class(name))}
+        for key in group.keys() - allowed - BOOKKEEPING - set(TORCH_OPTIONS):
+            near = get_close_matches(key, sorted(allowed), n=1)
+            raise ValueError(f"a group for {name} has no option {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        if name != self.defaults["rule"]:
+            shared = {key: self.defaults[key] for key in ("lr", "weight_decay") if key in allowed and key in self.defaults}
+            group = {**_defaults(name), **shared, **group}
+        before = self.defaults
+        try:
+            self.defaults = {key: value for key, value in self.defaults.items() if key in allowed or key == "rule"}
+            super().add_param_group(group)
+        finally:
+            self.defaults = before
+        try:
+            _check_group(self.param_groups[-1], len(self.param_groups) - 1)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if self._bound is not None:
+            self._pending = self._bound.export()
+            self._bound = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of every group.
+
+        Raises:
+            ValueError: a hyperparameter out of range; a non-finite or missing gradient, where that is to raise. On every
+                rank alike, with parameters and states unchanged.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rules = [group_rule(group) for group in self.param_groups]
+        bound = self._bind()
+        scale = getattr(self, "grad_scale", None)
+        found = getattr(self, "found_inf", None)
+        outcome = bound.step(
+            rules,
+            self.engine,
+            grad_scale=1.0 if scale is None else float(scale),
+            found_inf=0.0 if found is None else float(found),
+        )
+        self.last_grad_norm = outcome.norm
+        if not outcome.finite:
+            self.skipped_steps += 1
+            if found is not None:
+                found.fill_(1.0)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's. Collective where states live with owners of sharded parameters (SOAP under FSDP2).
+
+        Raises:
+            ValueError: states are partitioned over replicas (`process_group`), so that no single rank can have them;
+                names the native checkpoint.
+        """
+        self._bind().fill_faces()
+        return super().state_dict()
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, or of torch.optim's class of the same rule. Values keep fp32; parameters are
+        matched by name where both sides have names, by position otherwise; hyperparameters come from the state dict.
+
+        Raises:
+            ValueError: missing or unexpected parameters or states, shapes or meshes that do not fit; nothing is changed.
+        """
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        self._bind().load(self.param_groups, state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        saved = {key: value for key, value in self.__dict__.items() if key not in ("_bound", "_pending")}
+        saved["_pending"] = self._bound.export() if self._bound is not None else self._pending
+        return saved
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._bound = None
+        self.__dict__.update(state)
+        self._patch_step_function()
+
+    def _bind(self) -> Bound:
+        """Read layouts and make states, once; again when somebody replaced parameters."""
+        groups = self.param_groups
+        if self._bound is not None and not self._bound.still_holds(groups):
+            self._pending = self._bound.export()
+            self._bound = None
+        if self._bound is None:
+            self._refresh_parameters()
+            bound = Bound(groups, self.engine)
+            if self._pending is not None:
+                bound.restore(self._pending)
+                self._pending = None
+            self._bound = bound
+        return self._bound
+
+    def _refresh_parameters(self) -> None:
+        """Find the parameters of a model that was sharded after the optimizer was built."""
+
+
+def _defaults(rule: str) -> dict[str, Any]:
+    return {f.name: f.default for f in fields(rule_class(rule)) if f.default is not MISSING}
+
+
+def _check_group(group: dict[str, Any], position: int) -> None:
+    rule = group_rule(group)
+    names = group.get("param_names") or [f"group {position} parameter {i}" for i in range(len(group["params"]))]
+    for name, param in zip(names, group["params"]):
+        require(param.is_floating_point(), f"{name!r} has dtype {param.dtype}; optimizers need real floating-point parameters")
+        require(param.layout == torch.strided, f"{name!r} is sparse; make it dense, or leave it to torch.optim.SparseAdam")
+        require(not param.is_meta, f"{name!r} is on the meta device; materialize the model (to_empty) before the optimizer")
+        spec = getattr(param, "_distopt_flat", None)
+        shape = tuple(spec.shape if spec is not None else param.shape)
+        reason = rule.refuse(logical_of(shape, flatten=rule.reach == "matrix").shape)
+        require(reason is None, f"{name!r}: {reason}; route it to AdamW with a param group (rule='adamw')")
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """The public class of a rule: torch.optim's constructor, then this package's keyword-only options."""
+    rule = rule_class(name)
+    parameters = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD), Parameter("params", Parameter.POSITIONAL_OR_KEYWORD)]
+    keyword_only = []
+    for f in fields(rule):
+        kind = Parameter.KEYWORD_ONLY if f.kw_only else Parameter.POSITIONAL_OR_KEYWORD
+        (keyword_only if f.kw_only else parameters).append(Parameter(f.name, kind, default=f.default))
+    for option, default in {**ENGINE_OPTIONS, **dict.fromkeys(TORCH_OPTIONS)}.items():
+        keyword_only.append(Parameter(option, Parameter.KEYWORD_ONLY, default=default))
+    signature = Signature(parameters + keyword_only)
+
+    def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        options = dict(bound.arguments)
+        del options["self"]
+        Optimizer.__init__(self, options.pop("params"), name, options)
+
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
+    members = {"__init__": __init__, "__doc__": rule.__doc__, "__module__": "distopt", "rule_name": name}
+    return type(rule.__name__, (Optimizer,), members)

@@ -1,0 +1,1 @@
+"""The plan: what each rank computes, sends and keeps, decided once from shapes and layouts."""

@@ -1,0 +1,290 @@
+"""The plan: rules matched to layouts. Static, made from shapes and integers alone, the same on every rank."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from distopt.layouts.base import Layout, Partition
+from distopt.layouts.region import Rect
+from distopt.plan.geometry import Geometry, geometry_of, logical_of
+from distopt.plan.owners import Load, assign_owners
+from distopt.plan.trace import Rounds, Trace, trace
+from distopt.rule import Rule, Shape
+
+BUCKET_BYTES = 64 << 20
+"""Bytes of fp32 updates that one rank holds in one bucket: bounds temporary memory and the size of messages."""
+BATCH_NUMEL = 1 << 14
+"""Matrices up to this size are computed together; larger ones fill the machine alone, and alone they give the same
+bits wherever they are computed."""
+STACK_NUMEL = 1 << 20
+"""Elements in one batch at most: larger ones fall out of the cache."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the plan knows of a parameter: `index` is this rank's position in the layout."""
+
+    name: str
+    layout: Layout
+    index: int
+    itemsize: int = 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter group: its rule, and the options that shape its plan."""
+
+    rule: Rule
+    specs: tuple[Spec, ...]
+    replicas: tuple[int, ...] | None = None
+    gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One logical matrix of a bucket. `owner` is a position in the bucket's domain."""
+
+    param: int
+    matrix: int
+    shape: Shape
+    geometry: Geometry
+    owner: int | None = None
+
+    def split(self, dim: int | None) -> bool:
+        """Whether some rank holds a piece that lacks part of this dim."""
+        return self.geometry.split[dim][self.matrix]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of an entry's matrix (index `entry` in the bucket), and where it lies in its parameter's window."""
+
+    entry: int
+    param: int
+    rect: Rect
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Pieces of this rank with the same logical shape and the same rectangle, handed to the rule at once."""
+
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+    @property
+    def rect(self) -> Rect:
+        """The rectangle, which all pieces share (offsets differ)."""
+        return self.pieces[0].rect
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(k, rows, cols) of the stack."""
+        rect = self.rect
+        return len(self.pieces), rect.r1 - rect.r0, rect.c1 - rect.c0
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Matrices of one shape that this rank computes together: indices of entries."""
+
+    shape: Shape
+    entries: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Work moved and computed together. `exchanged` is False where every matrix is computed where it lies."""
+
+    ranks: tuple[int, ...]
+    entries: tuple[Entry, ...]
+    stacks: tuple[Stack, ...]
+    owned: tuple[Owned, ...]
+    exchanged: bool
+
+
+@dataclass
+class GroupPlan:
+    """What one parameter group does in a step."""
+
+    rule: Rule
+    specs: tuple[Spec, ...]
+    gpu: bool
+    buckets: list[Bucket] = field(default_factory=list)
+    loads: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
+    """Per domain, FLOPs per step and rank of the matrices that have an owner."""
+    homes: dict[tuple[int, ...], list[Entry]] = field(default_factory=dict)
+    """Per domain, every matrix of every rank with its owner."""
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the group needs neither sums nor matrices."""
+        return self.rule.reach == "elementwise"
+
+    def traces(self, shape: Shape) -> Iterator[tuple[str, float, Trace]]:
+        """(phase, share of steps, trace) for a logical shape."""
+        for phase, (step, share) in self.rule.phases().items():
+            yield phase, share, trace(self.rule, shape, step, self.gpu)
+
+
+def plan_group(group: Group, rank: int) -> GroupPlan:
+    """Plan one group for one rank.
+
+    Raises:
+        ValueError: a parameter that the rule cannot serve, named, with the remedy.
+    """
+    rule = group.rule
+    for spec in group.specs:
+        reason = rule.refuse(logical_of(spec.layout.shape, flatten=rule.reach == "matrix").shape)
+        if reason:
+            raise ValueError(f"{spec.name!r}: {reason}; route it to AdamW with a param group (rule='adamw')")
+    specs = group.specs
+    if group.replicas is not None:
+        specs = partition_replicas(rule, specs, group.replicas, group.replicas.index(rank), group.gpu)
+    plan = GroupPlan(rule, specs, group.gpu)
+    if plan.elementwise:
+        return plan
+    domains: dict[tuple[int, ...], list[tuple[int, Spec, Geometry]]] = defaultdict(list)
+    for number, spec in enumerate(specs):
+        logical = logical_of(spec.layout.shape, flatten=rule.reach == "matrix")
+        domains[tuple(sorted(spec.layout.ranks))].append((number, spec, geometry_of(spec.layout, logical)))
+    for ranks, members in sorted(domains.items()):
+        alike: dict[tuple[Rounds, ...], list[Entry]] = defaultdict(list)
+        for number, _, geometry in members:
+            shape = geometry.logical.shape
+            if shape.numel:
+                rounds = tuple(trace.rounds for _, _, trace in plan.traces(shape))
+                alike[rounds] += [Entry(number, matrix, shape, geometry) for matrix in range(geometry.logical.count)]
+        # Only matrices that ask for the same things, round by round, can advance together.
+        for rounds, entries in alike.items():
+            if any(ask.kind == "whole" for asks in rounds[0] for ask in asks):
+                plan.buckets += _matrix_buckets(plan, ranks, entries, rank)
+            else:
+                chunks = _chunks(entries, len(ranks), together=True)
+                plan.buckets += [_bucket(specs, rule, ranks, chunk, rank, exchanged=False) for chunk in chunks]
+    return plan
+
+
+def partition_replicas(
+    rule: Rule, specs: Sequence[Spec], ranks: tuple[int, ...], me: int, gpu: bool
+) -> tuple[Spec, ...]:
+    """Give every replica its share of replicated parameters: whole tensors to one rank where the rule wants whole
+    matrices, equal flat ranges of their concatenation elsewhere. Parameters that are sharded already stay as they
+    are."""
+    plain = [i for i, spec in enumerate(specs) if len(spec.layout.ranks) == 1]
+    sizes = [int(np.prod(specs[i].layout.shape)) for i in plain]
+    cuts: list[tuple[int, ...]] = []
+    if rule.reach == "matrix":
+        costs: list[Load] = []
+        for i, size in zip(plain, sizes):
+            logical = logical_of(specs[i].layout.shape, flatten=True)
+            costs.append((matrix_cost(rule, logical.shape, gpu) * logical.count, float(size)))
+        for owner, size in zip(assign_owners(costs, len(ranks)), sizes):
+            cuts.append((0,) * (owner + 1) + (size,) * (len(ranks) - owner))
+    else:
+        total, start = sum(sizes), 0
+        bounds = [round(total * i / len(ranks)) for i in range(len(ranks) + 1)]
+        for size in sizes:
+            cuts.append(tuple(min(max(bound - start, 0), size) for bound in bounds))
+            start += size
+    out = list(specs)
+    for i, cut in zip(plain, cuts):
+        out[i] = replace(specs[i], layout=Partition(specs[i].layout.shape, ranks, cut), index=me)
+    return tuple(out)
+
+
+def matrix_cost(rule: Rule, shape: Shape, gpu: bool) -> float:
+    """FLOPs per step at the owner of a matrix of this shape, averaged over phases; elements where nothing is counted."""
+    if not shape.numel:
+        return 0.0
+    return sum(share * trace(rule, shape, step, gpu).flops for step, share in rule.phases().values()) or float(shape.numel)
+
+
+def _matrix_buckets(plan: GroupPlan, ranks: tuple[int, ...], entries: list[Entry], rank: int) -> Iterator[Bucket]:
+    """Matrices that lie whole on one rank are computed there; the others get owners."""
+    rule = plan.rule
+    loads = plan.loads.setdefault(ranks, np.zeros(len(ranks)))
+    elements = np.zeros(len(ranks))
+    placed, travelling = [], []
+    for entry in entries:
+        index = entry.geometry.whole_at[entry.matrix]
+        if index is None:
+            travelling.append(entry)
+            continue
+        owner = ranks.index(entry.geometry.layout.ranks[index])
+        loads[owner] += matrix_cost(rule, entry.shape, plan.gpu)
+        elements[owner] += entry.shape.numel
+        placed.append(replace(entry, owner=owner))
+    costs = [(matrix_cost(rule, entry.shape, plan.gpu), float(entry.shape.numel)) for entry in travelling]
+    owners = assign_owners(costs, len(ranks), list(zip(loads.tolist(), elements.tolist())))
+    for (cost, _), owner in zip(costs, owners):
+        loads[owner] += cost
+    order = sorted(range(len(travelling)), key=lambda i: (-costs[i][0], -costs[i][1], i))
+    owned = [replace(travelling[i], owner=owners[i]) for i in order]
+    plan.homes.setdefault(ranks, []).extend(placed + owned)
+    for chunk in _chunks([entry for entry in placed if ranks[entry.owner] == rank], 1):  # type: ignore[index]
+        yield _bucket(plan.specs, rule, ranks, chunk, rank, exchanged=False)
+    for chunk in _chunks(owned, len(ranks)):
+        yield _bucket(plan.specs, rule, ranks, chunk, rank, exchanged=True)
+
+
+def _chunks(entries: list[Entry], ranks: int, *, together: bool = False) -> Iterator[list[Entry]]:
+    """Consecutive entries of at most BUCKET_BYTES per rank; `together` keeps the matrices of a tensor in one bucket."""
+    chunk: list[Entry] = []
+    size = 0
+    for entry in entries:
+        numbytes = 4 * entry.shape.numel
+        boundary = not together or (chunk and chunk[-1].param != entry.param)
+        if chunk and boundary and size + numbytes > BUCKET_BYTES * ranks:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(entry)
+        size += numbytes
+    if chunk:
+        yield chunk
+
+
+def _bucket(
+    specs: Sequence[Spec], rule: Rule, ranks: tuple[int, ...], entries: list[Entry], rank: int, *, exchanged: bool
+) -> Bucket:
+    alike: dict[tuple[object, ...], list[Piece]] = defaultdict(list)
+    for number, entry in enumerate(entries):
+        index = specs[entry.param].index
+        alone = len(entry.geometry.pieces(index)) == 1
+        for rect in entry.geometry.pieces_of(index, entry.matrix):
+            # Pieces of several parameters are stacked only where each is all that its parameter has here: then their
+            # states share one slab, and nothing is copied.
+            key = (entry.shape, rect.r0, rect.r1, rect.c0, rect.c1, None if alone else (entry.param, rect.stride))
+            alike[key].append(Piece(number, entry.param, rect))
+    stacks = []
+    for key, pieces in alike.items():
+        shape: Shape = key[0]  # type: ignore[assignment]
+        limit = stack_limit(rule, shape) if key[-1] is None or _evenly_spaced(pieces) else 1
+        stacks += [Stack(shape, tuple(pieces[i : i + limit])) for i in range(0, len(pieces), limit)]
+    owned = []
+    if exchanged:
+        me = ranks.index(rank)
+        by_shape: dict[Shape, list[int]] = defaultdict(list)
+        for number, entry in enumerate(entries):
+            if entry.owner == me:
+                by_shape[entry.shape].append(number)
+        for shape, numbers in by_shape.items():
+            limit = stack_limit(rule, shape)
+            owned += [Owned(shape, tuple(numbers[i : i + limit])) for i in range(0, len(numbers), limit)]
+    return Bucket(ranks, tuple(entries), tuple(stacks), tuple(owned), exchanged)
+
+
+def _evenly_spaced(pieces: Sequence[Piece]) -> bool:
+    """Whether the pieces lie at equal distances in their parameter, so that one strided view holds them all."""
+    offsets = [piece.rect.offset for piece in pieces]
+    return len({b - a for a, b in zip(offsets, offsets[1:])}) <= 1
+
+
+def stack_limit(rule: Rule, shape: Shape) -> int:
+    """How many matrices of this shape are computed together."""
+    if not rule.batched or shape.numel > BATCH_NUMEL:
+        return 1
+    return max(1, STACK_NUMEL // shape.numel)

@@ -1,0 +1,175 @@
+"""What a rule asks for, found by running it on meta tensors.
+
+Once with pairwise distinct sizes for meaning: every answer must be used as what it is, and a reduction over a piece's
+dim that was not asked for is refused, because on another layout the piece is another one. Once with the real shape for
+cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from distopt.rule import Back, Reduction, Request, Rule, Shape, State, StateView, Step, Whole
+
+ITEMS, OWNED, ROWS, COLS = 2, 13, 3, 5
+FULL = (7, 11)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request of a round: "sum", "mean", "max", "whole" or "back".
+
+    `of` says what is reduced: something like the piece, a row statistic or a column statistic. That cannot be read off
+    the sizes of a piece of one row or one column, so it is found here, where all sizes differ. `dtype` is what travels.
+    """
+
+    kind: str
+    dim: int | None = None
+    scope: str = "matrix"
+    of: str = "like"
+    dtype: torch.dtype = torch.float32
+
+
+Rounds = tuple[tuple[Ask, ...], ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The rounds of requests of one step, and the FLOPs spent between Whole and Back on one matrix."""
+
+    rounds: Rounds
+    flops: int
+
+    def asks(self, kind: str) -> list[Ask]:
+        """All requests of one kind."""
+        return [ask for asks in self.rounds for ask in asks if ask.kind == kind]
+
+
+def step_values(rule: Rule, step: int, shape: Shape, gpu: bool) -> Step:
+    """The `h` of a step."""
+    return Step(
+        gpu=gpu,
+        lr=rule.lr,  # type: ignore[attr-defined]
+        weight_decay=getattr(rule, "weight_decay", 0.0),
+        step=step,
+        shape=shape,
+        **rule.scalars(step),
+    )
+
+
+@lru_cache(maxsize=4096)
+def trace(rule: Rule, shape: Shape, step: int, gpu: bool) -> Trace:
+    """Run `rule` on meta tensors of this logical shape.
+
+    Raises:
+        AssertionError: the rule reduces over a dim of its piece without asking, or returns something of another shape.
+    """
+    meaning = Shape(*FULL, shape.ndim) if shape.is_matrix else Shape(1, FULL[1], shape.ndim)
+    piece = (ITEMS, ROWS if shape.is_matrix else 1, COLS)
+    rounds, _ = _run(rule, meaning, step, gpu, piece, OWNED)
+    with FlopCounterMode(display=False) as counter:
+        _, flops = _run(rule, shape, step, gpu, (1, shape.rows, shape.cols), 1, counter)
+    return Trace(rounds, flops)
+
+
+def _run(
+    rule: Rule, shape: Shape, step: int, gpu: bool, piece: tuple[int, int, int], owned: int, counter: Any = None
+) -> tuple[tuple[tuple[Ask, ...], ...], int]:
+    states = StateView({
+        name: _meta(state, piece, (owned, *state.shape)) for name, state in rule.states(shape).items()
+    })
+    grad, weight = torch.empty(piece, device="meta"), torch.empty(piece, device="meta")
+    guard = PieceGuard(type(rule).__name__, piece)
+    rounds: list[tuple[Ask, ...]] = []
+    flops = before = 0
+    with guard:
+        run = rule.update(grad, weight, states, step_values(rule, step, shape, gpu))
+        answer: Any = None
+        while True:
+            try:
+                requests = run.send(answer)
+            except StopIteration as end:
+                assert tuple(end.value.shape) == piece, f"{type(rule).__name__} returned weights of another shape"
+                return tuple(rounds), flops
+            several = isinstance(requests, tuple)
+            asked: tuple[Request, ...] = requests if several else (requests,)
+            rounds.append(tuple(_ask(request, piece) for request in asked))
+            guard.at_owner = isinstance(asked[0], Whole) or (guard.at_owner and not isinstance(asked[0], Back))
+            if counter is not None and isinstance(asked[0], Whole):
+                before = counter.get_total_flops()
+            if counter is not None and isinstance(asked[0], Back):
+                flops += counter.get_total_flops() - before
+            with torch.utils._python_dispatch._disable_current_modes():
+                answers = tuple(_answer(request, piece, (owned, shape.rows, shape.cols)) for request in asked)
+            answer = answers if several else answers[0]
+
+
+def _meta(state: State, piece: tuple[int, int, int], owner: tuple[int, int, int]) -> Tensor:
+    items, rows, cols = piece
+    shapes = {
+        "like": piece, "row": (items, rows, 1), "col": (items, 1, cols), "matrix": (items, 1, 1),
+        "optimizer": (1, 1, 1), "owner": owner,
+    }  # fmt: skip
+    return torch.empty(shapes[state.kind], device="meta")
+
+
+def _ask(request: Request, piece: tuple[int, int, int]) -> Ask:
+    if isinstance(request, Reduction):
+        kept = tuple(n == full for n, full in zip(request.x.shape[1:], piece[1:], strict=True))
+        of = {(True, True): "like", (True, False): "row", (False, True): "col"}.get(kept, "one")
+        return Ask(request.op, request.dim, request.scope, of)
+    return Ask("whole" if isinstance(request, Whole) else "back", dtype=request.x.dtype)
+
+
+def _answer(request: Request, piece: tuple[int, int, int], whole: tuple[int, int, int]) -> Tensor:
+    x = request.x
+    if isinstance(request, Whole):
+        assert tuple(x.shape) == piece, f"Whole was given {tuple(x.shape)}, the piece is {piece}"
+        return torch.empty(whole, device="meta", dtype=x.dtype)
+    if isinstance(request, Back):
+        assert tuple(x.shape) == whole, f"Back was given {tuple(x.shape)}, whole matrices are {whole}"
+        return torch.empty(piece, device="meta", dtype=x.dtype)
+    assert len(x.shape) == 3 and all(n in (1, full) for n, full in zip(x.shape, piece, strict=True)), (
+        f"{request.op} was given {tuple(x.shape)}, which is no statistic of the piece {piece}"
+    )
+    if request.scope == "optimizer":
+        return torch.empty((1, 1, 1), device="meta")
+    dims = (-1, -2) if request.dim is None else (request.dim,)
+    return torch.empty(x.shape, device="meta").mean(dims, keepdim=True)
+
+
+class PieceGuard(TorchDispatchMode):
+    """Refuses an operation that takes a piece and loses one of its dims, outside Whole … Back."""
+
+    def __init__(self, name: str, piece: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.name, self.piece, self.at_owner = name, piece, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.at_owner or not isinstance(out, Tensor):
+            return out
+        for x in args:
+            if not isinstance(x, Tensor) or x.ndim != 3:
+                continue
+            kept = out.ndim == 3 and all(
+                n == 1 or n != full or m == full for n, m, full in zip(x.shape, out.shape, self.piece, strict=True)
+            )
+            assert kept, (
+                f"{self.name}: {func} turns {tuple(x.shape)} into {tuple(out.shape)} on a piece {self.piece}; what lies "
+                "here is not the whole matrix: yield Sum, Mean, Max or Whole instead"
+            )
+        return out
+        inputs = [a for a in args if isinstance(a, Tensor) and tuple(a.shape) == self.piece]
+        assert not inputs or tuple(out.shape) == self.piece, (
+            f"{self.name}: {func} turns a piece {self.piece} into {tuple(out.shape)}; what lies here is not the whole "
+            "matrix: yield Sum, Mean, Max or Whole instead"
+        )
+        return out

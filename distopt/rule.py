@@ -1,0 +1,194 @@
+"""The vocabulary of an update rule: its requests, its states, its base class.
+
+A rule is the mathematics of one optimizer and nothing else. Its `update` is a generator over plain tensors: a stack
+`(k, rows, cols)` of gradients comes in, and wherever the paper needs more than the local slice (a mean over a row, a
+norm of the tensor, the whole matrix), the rule yields a request and goes on with the answer. What it returns are the
+new weights. It never mutates a tensor: states are assigned (`state.exp_avg = …`), and the engine commits them.
+
+Rules know no ranks, no layouts, no storage. An elementwise rule has nothing to ask for, so its `update` is a plain
+function that is handed flat slices of any length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+Scope = Literal["matrix", "tensor", "optimizer"]
+Kind = Literal["like", "row", "col", "matrix", "optimizer", "owner"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reduction:
+    """A reduction of `x` over `dim` of the logical matrix (-1: along each row, -2: along each column), or over all of
+    `scope` where `dim` is None. The answer keeps the reduced dims with size 1, so that it broadcasts against `x`."""
+
+    op: Literal["sum", "mean", "max"]
+    x: Tensor
+    dim: Literal[-1, -2] | None
+    scope: Scope
+
+
+def Sum(x: Tensor, dim: Literal[-1, -2] | None = None, *, scope: Scope = "matrix") -> Reduction:
+    """Ask for the sum of `x` over a dim of the logical matrix, over the matrix, the tensor or the whole group."""
+    return Reduction("sum", x, dim, scope)
+
+
+def Mean(x: Tensor, dim: Literal[-1, -2] | None = None, *, scope: Scope = "matrix") -> Reduction:
+    """Ask for the mean of `x`; see `Sum`."""
+    return Reduction("mean", x, dim, scope)
+
+
+def Max(x: Tensor, dim: Literal[-1, -2] | None = None, *, scope: Scope = "matrix") -> Reduction:
+    """Ask for the maximum of `x`; see `Sum`. An empty piece contributes nothing."""
+    return Reduction("max", x, dim, scope)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Whole:
+    """Ask for whole logical matrices `(k, rows, cols)`. From here to `Back` the rule runs where matrices are computed;
+    k there is the number of matrices owned, which may be 0. The dtype of `x` is the dtype on the wire."""
+
+    x: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Back:
+    """Hand whole matrices back; the answer has the shape of the piece that `Whole` was given."""
+
+    x: Tensor
+
+
+Request = Reduction | Whole | Back
+Update = Generator[Any, Any, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the mathematics sees: a logical matrix of `rows` × `cols`, or a vector (`ndim` < 2, rows = 1)."""
+
+    rows: int
+    cols: int
+    ndim: int = 2
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the tensor had two dims or more."""
+        return self.ndim >= 2
+
+    @property
+    def numel(self) -> int:
+        """Elements of one logical matrix."""
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Declaration of one state of a rule.
+
+    kind: "like" lies as the parameter does, element for element; "row" is `(rows, 1)`, "col" is `(1, cols)`, "matrix"
+    is one number per logical matrix, "optimizer" one number per parameter group; "owner" lives with whoever computes
+    the matrix and has the `shape` given here.
+    """
+
+    kind: Kind = "like"
+    shape: tuple[int, int] = (0, 0)
+    fill: float = 0.0
+
+
+class StateView:
+    """The states of one stack, as attributes. Reading after an assignment gives the new value; nothing is written to
+    the store before the engine commits."""
+
+    __slots__ = ("new", "old")
+
+    def __init__(self, old: Mapping[str, Tensor]) -> None:
+        object.__setattr__(self, "old", old)
+        object.__setattr__(self, "new", {})
+
+    def __getattr__(self, name: str) -> Tensor:
+        new: dict[str, Tensor] = object.__getattribute__(self, "new")
+        if name in new:
+            return new[name]
+        old: Mapping[str, Tensor] = object.__getattribute__(self, "old")
+        try:
+            return old[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Tensor) -> None:
+        assert name in self.old, f"state {name!r} is not declared by the rule's states()"
+        self.new[name] = value
+
+
+class Step:
+    """What changes from step to step, handed to `update` as `h`: `lr`, `weight_decay`, `step` (1 on the first), the
+    logical `shape`, whether it runs on a `gpu`, and whatever the rule's `scalars` returned."""
+
+    gpu: bool
+    lr: float
+    weight_decay: float
+    step: int
+    shape: Shape
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:  # only reached for names that __init__ did not set
+        raise AttributeError(f"the rule's scalars() do not define {name!r}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of every rule. The fields of a subclass are its hyperparameters, in the constructor's order.
+
+    Class attributes: `reach` says what the rule must see ("elementwise": any slice; "reduce": sums as well; "matrix":
+    whole logical matrices). `batched` is False for a rule that amplifies rounding, whose matrices must be computed one
+    by one so that every layout gives the same bits.
+    """
+
+    reach: ClassVar[Literal["elementwise", "reduce", "matrix"]]
+    batched: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """Raise ValueError for a hyperparameter out of range. Called at construction and whenever one changes."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("lr", "weight_decay", "eps", "momentum") and isinstance(value, int | float):
+                require(
+                    math.isfinite(value) and value >= 0, f"{field.name} must be a finite number ≥ 0, got {value!r}"
+                )
+            if field.name == "betas":
+                require(all(0 <= beta < 1 for beta in value), f"betas must lie in [0, 1), got {value!r}")
+
+    def refuse(self, shape: Shape) -> str | None:
+        """Why a parameter of this logical shape cannot be served, or None."""
+        if self.reach == "matrix" and not shape.is_matrix:
+            return f"{type(self).__name__} needs a matrix, got shape ({shape.cols},)"
+        return None
+
+    def states(self, shape: Shape) -> dict[str, State]:
+        """The states kept for a parameter whose logical matrices have this shape, by name."""
+        return {}
+
+    def scalars(self, step: int) -> dict[str, Any]:
+        """Numbers that depend on the step alone (bias corrections), computed once per group and step."""
+        return {}
+
+    def phases(self) -> dict[str, tuple[int, float]]:
+        """Kinds of steps that ask for different things or cost differently: name → (an example step, share of steps)."""
+        return {"step": (2, 1.0)}
+
+    def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Any:
+        """The paper. Returns the new weights (elementwise), or is a generator that does."""
+        raise NotImplementedError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)

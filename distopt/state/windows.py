@@ -1,0 +1,193 @@
+"""Windows and slabs: the part of each parameter that this rank works on, and the states that go with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from distopt.layouts import Partition, local_tensor
+from distopt.plan.build import Bucket, Piece, Spec, Stack
+from distopt.rule import Rule, Shape, State
+
+
+@dataclass
+class Window:
+    """One parameter's storage here, flat. All of it, or, for a parameter partitioned over replicas, this rank's share.
+
+    Attributes:
+        param: the user's tensor (DTensor or plain).
+        start, stop: the window in the flattened local tensor.
+        state: flat tensor per state that lies here, keyed by state name.
+    """
+
+    param: Tensor
+    spec: Spec
+    start: int
+    stop: int
+    state: dict[str, Tensor] = field(default_factory=dict)
+    _copy: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements in the window."""
+        return self.stop - self.start
+
+    @property
+    def holders(self) -> int:
+        """Ranks that hold one copy of the parameter together."""
+        return len(self.spec.layout.ranks)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the window is all of the local storage."""
+        return self.numel == _raw(self.param).numel()
+
+    def raw_shape(self) -> tuple[int, ...]:
+        """Shape of `raw_weight` and `raw_grad`: the local shape, or flat for a part of it. What is only copied need not
+        be flattened first, which costs more than the copy for small tensors."""
+        return tuple(_raw(self.param).shape) if self.whole else (self.numel,)
+
+    def raw_weight(self) -> Tensor:
+        """The weights in `raw_shape`, for copies under no_grad."""
+        return _raw(self.param) if self.whole else self.weight()
+
+    def raw_grad(self) -> Tensor:
+        """The gradient in `raw_shape`; there must be one."""
+        grad = self.param.grad
+        if self.whole and grad is not None and not isinstance(grad, DTensor) and not grad.is_sparse:
+            return grad
+        flat = self.grad()
+        assert flat is not None
+        return flat.view(self.raw_shape())
+
+    def weight(self) -> Tensor:
+        """The weights, flat; call `finish` after writing to them."""
+        return self.whole_weight()[self.start : self.stop]
+
+    def whole_weight(self) -> Tensor:
+        """All of the local weights, flat, whatever the window; call `finish` after writing to them."""
+        local = local_tensor(self.param)
+        if not local.is_contiguous():
+            local = self._copy = local.contiguous()
+        return local.view(-1)
+
+    def finish(self) -> None:
+        """Write back weights whose storage is not contiguous (channels_last)."""
+        if self._copy is not None:
+            local_tensor(self.param).copy_(self._copy)
+            self._copy = None
+
+    def grad(self) -> Tensor | None:
+        """The gradient, flat; None where there is none.
+
+        Raises:
+            ValueError: a sparse gradient.
+        """
+        grad = self.param.grad
+        if grad is None:
+            return None
+        if grad.is_sparse:
+            raise ValueError(
+                f"{self.spec.name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it"
+            )
+        if isinstance(grad, DTensor):
+            assert isinstance(self.param, DTensor)
+            if grad.placements != self.param.placements:
+                grad = grad.redistribute(placements=self.param.placements)
+        return local_tensor(grad).contiguous().view(-1)[self.start : self.stop]
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def make_window(param: Tensor, spec: Spec) -> Window:
+    """The window of a parameter under the layout it was planned with."""
+    if isinstance(spec.layout, Partition):
+        return Window(param, spec, spec.layout.cuts[spec.index], spec.layout.cuts[spec.index + 1])
+    return Window(param, spec, 0, local_tensor(param).numel())
+
+
+@dataclass
+class Slabs:
+    """The states of one stack of pieces or of owned matrices: tensors (k, …) by name."""
+
+    tensors: dict[str, Tensor]
+    kinds: dict[str, str]
+
+
+def piece_extent(state: State, piece: Piece) -> tuple[int, int]:
+    """(rows, cols) of one piece's state of this kind."""
+    rows, cols = piece.rect.r1 - piece.rect.r0, piece.rect.c1 - piece.rect.c0
+    extents = {"like": (rows, cols), "row": (rows, 1), "col": (1, cols), "matrix": (1, 1), "owner": state.shape}
+    return extents[state.kind]
+
+
+def allocate_stacks(
+    rule: Rule, bucket: Bucket, windows: list[Window], pieces: dict[int, list[Piece]], device: torch.device
+) -> tuple[list[Slabs], list[Slabs]]:
+    """States of a bucket: (per stack of pieces, per stack of owned matrices).
+
+    What lies as the pieces do is found again, flat and in the order of the pieces, in `window.state`. `pieces` holds all
+    pieces of each parameter here, in the order in which they lie.
+    """
+    stacks = []
+    for stack in bucket.stacks:
+        declared = rule.states(stack.shape)
+        slabs = Slabs({}, {name: state.kind for name, state in declared.items()})
+        for name, state in declared.items():
+            if state.kind == "owner" and bucket.exchanged:
+                slabs.tensors[name] = torch.full((0, *state.shape), state.fill, device=device)
+            elif state.kind == "optimizer":
+                slabs.tensors[name] = torch.full((1, 1, 1), state.fill, device=device)
+            else:
+                slabs.tensors[name] = _piece_slab(name, state, stack, windows, pieces, device)
+        stacks.append(slabs)
+    owned = []
+    for group in bucket.owned:
+        declared = rule.states(group.shape)
+        slabs = Slabs({}, {name: state.kind for name, state in declared.items()})
+        for name, state in declared.items():
+            empty = {
+                "like": (0, group.shape.rows, group.shape.cols), "row": (0, group.shape.rows, 1),
+                "col": (0, 1, group.shape.cols), "matrix": (0, 1, 1), "optimizer": (1, 1, 1),
+            }  # fmt: skip
+            shape = (len(group.entries), *state.shape) if state.kind == "owner" else empty[state.kind]
+            slabs.tensors[name] = torch.full(shape, state.fill, device=device)
+        owned.append(slabs)
+    return stacks, owned
+
+
+def _piece_slab(
+    name: str, state: State, stack: Stack, windows: list[Window], pieces: dict[int, list[Piece]], device: torch.device
+) -> Tensor:
+    """A tensor (k, rows, cols) for one state of a stack. Where each parameter has a single piece the slab is made here
+    and the parameters get views; else the parameter has one flat tensor and the stack is a view of that."""
+    first = stack.pieces[0]
+    rows, cols = piece_extent(state, first)
+    if all(len(pieces[piece.param]) == 1 for piece in stack.pieces):
+        slab = torch.full((len(stack.pieces), rows, cols), state.fill, device=device)
+        for item, piece in zip(slab, stack.pieces):
+            windows[piece.param].state[name] = item.view(-1)
+        return slab
+    window, siblings = windows[first.param], pieces[first.param]
+    if name not in window.state:
+        total = sum(prod(piece_extent(state, sibling)) for sibling in siblings)
+        window.state[name] = torch.full((total,), state.fill, device=device)
+    flat = window.state[name]
+    if state.kind == "like":
+        return strided(flat, stack)
+    offset = sum(prod(piece_extent(state, sibling)) for sibling in siblings[: siblings.index(first)])
+    return flat[offset : offset + len(stack.pieces) * rows * cols].view(len(stack.pieces), rows, cols)
+
+
+def strided(flat: Tensor, stack: Stack) -> Tensor:
+    """The stack (k, rows, cols) as a view of the flat storage of the one parameter that its pieces lie in."""
+    k, rows, cols = stack.size
+    offsets = [piece.rect.offset for piece in stack.pieces]
+    step = offsets[1] - offsets[0] if k > 1 else 0
+    return flat.as_strided((k, rows, cols), (step, stack.rect.stride, 1), flat.storage_offset() + offsets[0])

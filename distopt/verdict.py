@@ -1,0 +1,106 @@
+"""The verdict of a step: one small reduction decides, before anything is changed, whether and how to go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distopt.comm.groups import Domain
+
+SLICE = 1 << 20
+"""Elements per partial sum of squares: added in fp64, so that the norm of a large tensor keeps fp32's precision."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks know of this step's gradients.
+
+    Attributes:
+        norm: global gradient norm, each shard counted once; None where nobody asked for it.
+        finite: no NaN or infinity anywhere.
+        inert: parameters without a gradient on any rank, by position.
+        partial: parameters with a gradient on some ranks only, by position.
+    """
+
+    norm: float | None
+    finite: bool
+    inert: frozenset[int]
+    partial: frozenset[int]
+
+
+def square_sum(flat: Tensor) -> float:
+    """Sum of squares of a flat tensor; inf or nan where an element is, exact in range where squares overflow fp32."""
+    if flat.numel() == 0:
+        return 0.0
+    if flat.dtype != torch.float32:
+        flat = flat.float()
+    if flat.device.type == "cpu":
+        parts = flat.split(SLICE)
+        total = math.fsum(values) if all(map(math.isfinite, values := [torch.dot(p, p).item() for p in parts])) else math.inf
+    else:
+        total = torch.linalg.vector_norm(flat, dtype=torch.float64).square().item()
+    if math.isfinite(total):
+        return total
+    return torch.linalg.vector_norm(flat, dtype=torch.float64).item() ** 2
+
+
+def reach_verdict(
+    flats: Sequence[tuple[Tensor, float]] | None,
+    present: Sequence[bool],
+    holds: Sequence[bool],
+    union: Domain,
+    norm: Domain,
+    device: torch.device,
+    *,
+    found_inf: float = 0.0,
+) -> Verdict:
+    """Reduce what this rank sees.
+
+    Args:
+        flats: (gradient, share) pairs, where share is 1 / copies of it among the ranks of `union`; None: no check.
+        present: per parameter, whether it has a gradient here.
+        holds: per parameter, whether this rank holds any of its elements; one that holds none abstains.
+        union: the ranks that hold these parameters.
+        norm: the ranks that the norm is taken over: the union, or more (pipeline stages).
+        found_inf: what a gradient scaler found here.
+    """
+    squares = found_inf * math.inf if found_inf else 0.0
+    if flats is not None and not found_inf:
+        squares = math.fsum(square_sum(flat) * share for flat, share in flats) if flats else 0.0
+    count = len(present)
+    if union.size == 1:
+        inert, partial = frozenset(i for i in range(count) if not present[i]), frozenset[int]()
+    else:
+        votes = torch.tensor([*present, *(h and not p for h, p in zip(holds, present))], dtype=torch.float32, device=device)
+        _sum(union, votes)
+        there, lacking = votes[:count].tolist(), votes[count:].tolist()
+        inert = frozenset(i for i in range(count) if not there[i])
+        partial = frozenset(i for i in range(count) if there[i] and lacking[i])
+    if flats is None and not found_inf:
+        return Verdict(None, True, inert, partial)
+    if norm.size > 1:
+        finite = math.isfinite(squares)
+        both = torch.tensor([squares if finite else 0.0, 0.0 if finite else 1.0], dtype=torch.float64, device=device)
+        _sum(norm, both)
+        squares, bad = both.tolist()
+        if bad:
+            squares = math.inf
+    return Verdict(math.sqrt(squares) if math.isfinite(squares) else math.inf, math.isfinite(squares), inert, partial)
+
+
+def first_nonfinite(grads: Sequence[Tensor | None], union: Domain, device: torch.device) -> int:
+    """Position of the first parameter with a non-finite gradient on any rank of the union; collective. -1: none here."""
+    flags = [float(grad is not None and not bool(grad.isfinite().all())) for grad in grads]
+    votes = torch.tensor(flags, dtype=torch.float32, device=device)
+    _sum(union, votes)
+    return next((i for i, vote in enumerate(votes.tolist()) if vote), -1)
+
+
+def _sum(domain: Domain, values: Tensor) -> None:
+    work = domain.all_reduce(values)
+    if work is not None:
+        work.wait()

@@ -1,6 +1,6 @@
 """Newton–Schulz: the nearest semi-orthogonal matrix, from matrix products alone.
 
-For X = U S Vᵀ every method applies an odd polynomial to the singular values, `steps` times, and so moves them towards 1:
+For X = U S Vᵀ every method applies an odd polynomial to the singular values, `steps` times, which moves them towards 1:
 
     G = X Xᵀ                    the Gram matrix, short side × short side
     X ← a X + (b G + c G²) X

@@ -357,6 +357,7 @@ def test_every_failing_system_call_of_a_save_leaves_the_old_or_the_new_checkpoin
         assert torch.equal(value, torch.full((4, 3), kept)) or torch.equal(value, torch.full((4, 3), kept + 1))
         kept = value[0, 0].item()
         assert not list(tmp_path.glob("*.tmp-*"))
+        assert (tmp_path / "c").exists()
         if finished:
             break
     assert finished

@@ -25,13 +25,15 @@ CASE = Case(
         "match_rms": {"lr": 0.01, "adjust_lr_fn": "match_rms_adamw", "nesterov": False, "momentum": 0.9},
         "spectral": {"lr": 0.01, "adjust_lr_fn": "spectral", "weight_decay": 0.0},
         "quartic": {"lr": 0.01, "adjust_lr_fn": "original", "ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 8},
+        "polar_express": {"lr": 0.01, "ns": "polar_express", "ns_steps": 9},
+        "gram": {"lr": 0.01, "ns": "gram"},
         "bf16": {"lr": 0.01, "ns_dtype": torch.bfloat16},
     },
     oracles=(
         Oracle(
             name="reference",
             run=muon,
-            variants=("default", "match_rms", "spectral", "quartic"),
+            variants=("default", "match_rms", "spectral", "quartic", "polar_express", "gram"),
             rel=1e-5,
             why="rules.md: five float32 iterations amplify rounding of small singular values, 3e-6 measured",
         ),

@@ -42,6 +42,8 @@ def one_process(optimizer: str, options: dict[str, Any], shapes: Shapes) -> tupl
             params[name].grad = grad
         built.step()
         norms.append(built.last_grad_norm)
+    first = weights(shapes)
+    assert all(not torch.equal(param, first[name]) for name, param in params.items() if param.numel()), "nothing moved"
     return {name: param.detach() for name, param in params.items()}, norms
 
 

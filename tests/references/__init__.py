@@ -7,8 +7,8 @@ tight tolerances are measured against. They are slow, keep no state between call
 from tests.references.adafactor import adafactor
 from tests.references.adamw import adamw
 from tests.references.lion import lion
-from tests.references.muon import muon, newton_schulz
+from tests.references.muon import muon, newton_schulz, polar_express
 from tests.references.sgd import sgd
 from tests.references.soap import soap
 
-__all__ = ["adafactor", "adamw", "lion", "muon", "newton_schulz", "sgd", "soap"]
+__all__ = ["adafactor", "adamw", "lion", "muon", "newton_schulz", "polar_express", "sgd", "soap"]

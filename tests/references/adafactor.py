@@ -21,7 +21,8 @@ def adafactor(
     """The second moment of a matrix is the outer product of its row and column means over the mean of all.
 
     Deviations from the paper, torch's: ρ = min(lr, 1/√t); weight decay scaled by lr; ε₁ bounds the denominators
-    instead of being added to g² (None is the machine epsilon of float32, whatever the dtype here).
+    instead of being added to g² (None is the machine epsilon of float32, whatever the dtype here). Transformers', for
+    `scale_parameter=False`: the step size is lr.
     Tensors of more than two dims are stacks of matrices with one clipping threshold and one scale.
     """
     eps1 = torch.finfo(torch.float32).eps if eps[0] is None else eps[0]
@@ -30,7 +31,7 @@ def adafactor(
     for t, grad in enumerate(grads, start=1):
         g = -grad if maximize else grad
         beta2 = 1 - t**beta2_decay
-        alpha = min(lr, t**-0.5) * (max(eps[1], rms(weight)) if scale_parameter else 1.0)
+        alpha = min(lr, t**-0.5) * max(eps[1], rms(weight)) if scale_parameter else lr
         if factored:
             row = beta2 * row + (1 - beta2) * (g * g).mean(dim=-1, keepdim=True)
             col = beta2 * col + (1 - beta2) * (g * g).mean(dim=-2, keepdim=True)

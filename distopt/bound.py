@@ -22,6 +22,7 @@ from distopt.plan.report import PlanReport
 from distopt.rule import Rule
 from distopt.rules import group_rule
 from distopt.state.faces import Faces
+from distopt.state.loading import load_state_dict
 from distopt.state.windows import Window, make_window
 from distopt.verdict import Verdict, first_nonfinite, reach_verdict
 
@@ -81,6 +82,52 @@ class Bound:
         for group, faces, step in zip(self.groups, self.faces, self.steps):
             for number, window in enumerate(group.windows):
                 self.state[window.param] = {"step": step, **faces.here(number)}
+
+    def fill_faces(self) -> None:
+        """Put snapshots of the states that live with owners into `state`; collective where there are any.
+
+        Raises:
+            ValueError: states are partitioned over replicas.
+        """
+        for group, faces in zip(self.groups, self.faces):
+            if any(isinstance(window.spec.layout, Partition) for window in group.windows):
+                raise ValueError(
+                    "states are partitioned over the replicas (process_group=…), no rank has them all: save with "
+                    "distopt.checkpoint.save(path, model=…, optimizer=…) on every rank"
+                )
+            for number, found in faces.fill().items():
+                self.state[group.windows[number].param].update(found)
+
+    def load(self, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
+        """See Optimizer.load_state_dict."""
+        names, start = [], 0
+        for group in groups:
+            names.append(self.names[start : start + len(group["params"])])
+            start += len(group["params"])
+        load_state_dict(groups, names, self.faces, self.steps, saved)
+
+    def export(self) -> dict[str, Any]:
+        """Everything but hyperparameters, in the format of a state dict; survives another binding."""
+        if any(isinstance(w.spec.layout, Partition) for group in self.groups for w in group.windows) and any(self.steps):
+            raise ValueError("an optimizer whose states are partitioned over replicas cannot be changed or copied once it ran")
+        if not any(self.steps):
+            return {"state": {}, "names": self.names}
+        self.fill_faces()
+        state = {i: dict(self.state[param]) for i, param in enumerate(self.params)}
+        return {"state": state, "names": self.names}
+
+    def restore(self, groups: list[dict[str, Any]], exported: dict[str, Any]) -> None:
+        """Take over what an earlier binding exported, as far as parameters are still here (by name)."""
+        if not exported["state"]:
+            return
+        by_name = dict(zip(exported["names"], exported["state"].values()))
+        saved_groups, state, start = [], {}, 0
+        for group in groups:
+            indices = list(range(start, start + len(group["params"])))
+            start += len(indices)
+            saved_groups.append({"params": indices})
+            state.update({i: by_name[self.names[i]] for i in indices if self.names[i] in by_name})
+        self.load(groups, {"state": state, "param_groups": saved_groups})
 
     def still_holds(self, groups: list[dict[str, Any]]) -> bool:
         """Whether these groups have the parameters that were bound."""

@@ -72,7 +72,7 @@ class Optimizer(torch.optim.Optimizer):
         self.last_grad_norm: float | None = None
         self.skipped_steps = 0
         self._bound: Bound | None = None
-        self._pending: list[dict[str, Any]] | None = None
+        self._pending: dict[str, Any] | None = None
         hyper = {f.name: options[f.name] for f in fields(rule_class(rule)) if f.name in options}
         super().__init__(params, {"rule": rule, **_defaults(rule), **hyper})
 
@@ -187,14 +187,9 @@ class Optimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        saved = {key: value for key, value in self.__dict__.items() if key not in ("_bound", "_pending")}
-        saved["_pending"] = self._bound.export() if self._bound is not None else self._pending
-        return saved
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._bound = None
-        self.__dict__.update(state)
-        self._patch_step_function()
+        kept = ("defaults", "param_groups", "engine", "last_grad_norm", "skipped_steps")
+        pending = self._bound.export() if self._bound is not None else self._pending
+        return {**{key: self.__dict__[key] for key in kept}, "_pending": pending, "_bound": None}
 
     def _bind(self) -> Bound:
         """Read layouts and make states, once; again when somebody replaced parameters."""
@@ -206,7 +201,7 @@ class Optimizer(torch.optim.Optimizer):
             self._refresh_parameters()
             bound = Bound(groups, self.engine)
             if self._pending is not None:
-                bound.restore(self._pending)
+                bound.restore(groups, self._pending)
                 self._pending = None
             self._bound = bound
         return self._bound

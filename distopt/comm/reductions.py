@@ -40,7 +40,7 @@ def fields_of(entries: tuple[Entry, ...], ask: Ask) -> dict[Shape | None, Field]
         if entry.split(ask.dim):
             numbers[entry.shape].append(number)
     return {
-        shape: Field({-1: shape.rows, -2: shape.cols, None: 1}[ask.dim], {n: row for row, n in enumerate(found)})
+        shape: Field(_length(ask, shape.rows, shape.cols), {n: row for row, n in enumerate(found)})
         for shape, found in numbers.items()
     }
 
@@ -94,7 +94,9 @@ class Reductions:
         full_rows, full_cols = rect.c1 - rect.c0 == shape.cols, rect.r1 - rect.r0 == shape.rows
         if {-1: full_rows, -2: full_cols, None: full_rows and full_cols}[ask.dim]:
             return None
-        part = {-1: slice(rect.r0, rect.r1), -2: slice(rect.c0, rect.c1), None: slice(None)}[ask.dim]
+        part = slice(None)
+        if ask.of == "like" and ask.dim is not None:
+            part = slice(rect.r0, rect.r1) if ask.dim == -1 else slice(rect.c0, rect.c1)
         return self._index(position, ask, shape), buffers[shape][:, part]
 
     def _index(self, position: int, ask: Ask, shape: Shape | None) -> Tensor:
@@ -130,8 +132,9 @@ class Reductions:
             answer = _partial(ask, request.x)
         else:
             index, part = runs
-            k, rows, cols = stack.size
-            answer = part[index].view({-1: (k, rows, 1), -2: (k, 1, cols), None: (k, 1, 1)}[ask.dim])
+            k = len(stack.pieces)
+            flat = part[index]
+            answer = flat.view(k, 1, -1) if ask.dim == -2 else flat.view(k, -1, 1)
         if ask.kind == "mean":
             answer = answer / self._count(stack, ask)
         return answer
@@ -146,6 +149,13 @@ class Reductions:
         rows = stack.shape.rows if ask.dim != -1 and ask.of != "col" else 1
         cols = stack.shape.cols if ask.dim != -2 and ask.of != "row" else 1
         return rows * cols
+
+
+def _length(ask: Ask, rows: int, cols: int) -> int:
+    """Elements of one answer about a whole matrix: one per row or column, unless a statistic is reduced further."""
+    if ask.of != "like" or ask.dim is None:
+        return 1
+    return rows if ask.dim == -1 else cols
 
 
 def _partial(ask: Ask, x: Tensor) -> Tensor:

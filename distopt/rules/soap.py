@@ -1,0 +1,122 @@
+"""SOAP: Adam in Shampoo's eigenbasis (Vyas et al., 2024, arXiv 2409.11321, algorithm 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from distopt.matrix.eigenbasis import Basis, eigenbasis, refresh, reorder
+from distopt.rule import Back, Rule, Shape, State, Update, Whole, require
+
+SIDES = (("left", -2), ("right", -1))
+
+
+@dataclass(frozen=True)
+class SOAP(Rule):
+    """Adam on the gradient rotated into the eigenbases of its running covariances L = ⟨G Gᵀ⟩ and R = ⟨Gᵀ G⟩.
+
+    The variant of github.com/nikhilvyas/SOAP: the first step only initializes L, R and their bases; weight decay comes
+    after the update; every `precondition_frequency` steps, after the step, the bases are refreshed by one power
+    iteration and a QR decomposition, columns sorted by estimated eigenvalue. A side longer than `max_precond_dim`
+    keeps the identity. On vectors it is Adam. Adam's first moment is kept in the rotated basis, and is rotated over
+    when the basis changes.
+
+    lr is what Adam's is: the size of a step in each rotated coordinate where the gradient keeps its sign. Compute is
+    matrix by matrix, since eigenbases amplify the rounding of a batched product.
+    """
+
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.95, 0.95)
+    shampoo_beta: float = -1
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    precondition_frequency: int = 10
+    max_precond_dim: int = 10000
+
+    reach: ClassVar = "matrix"
+    batched: ClassVar = False
+
+    def check(self) -> None:
+        super().check()
+        require(self.shampoo_beta < 1, f"shampoo_beta must be < 1 (negative: beta2), got {self.shampoo_beta}")
+        require(self.precondition_frequency >= 1, f"precondition_frequency must be ≥ 1, got {self.precondition_frequency}")
+        require(self.max_precond_dim >= 1, f"max_precond_dim must be ≥ 1, got {self.max_precond_dim}")
+
+    def refuse(self, shape: Shape) -> str | None:
+        return None
+
+    def states(self, shape: Shape) -> dict[str, State]:
+        if not shape.is_matrix:
+            return {"exp_avg": State("like"), "exp_avg_sq": State("like")}
+        full = State("owner", (shape.rows, shape.cols))
+        states = {"exp_avg": full, "exp_avg_sq": full}
+        for side, size in zip(("left", "right"), (shape.rows, shape.cols)):
+            if size <= self.max_precond_dim:
+                states[f"gram_{side}"] = states[f"basis_{side}"] = State("owner", (size, size))
+        return states
+
+    def scalars(self, step: int) -> dict[str, Any]:
+        beta1, beta2 = self.betas
+        adam_step = max(step - 1, 1)  # the first step does not count
+        return {
+            "step_size": self.lr * (1 - beta2**adam_step) ** 0.5 / (1 - beta1**adam_step),
+            "refreshing": step > 1 and (step - 1) % self.precondition_frequency == 0,
+        }
+
+    def phases(self) -> dict[str, tuple[int, float]]:
+        refreshes = 1 / self.precondition_frequency
+        return {"step": (2, 1 - refreshes), "refresh": (self.precondition_frequency + 1, refreshes)}
+
+    def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
+        if h.shape.is_matrix:
+            g = yield Whole(grad)
+        else:
+            g = grad
+        if h.step > 1:
+            rotated = rotate(g, state)
+            state.exp_avg = state.exp_avg.lerp(rotated, 1 - self.betas[0])
+            state.exp_avg_sq = state.exp_avg_sq.lerp(rotated.square(), 1 - self.betas[1])
+            direction = rotate_back(state.exp_avg / (state.exp_avg_sq.sqrt() + self.eps), state)
+        else:
+            direction = torch.zeros_like(g)
+        if h.shape.is_matrix:
+            self.precondition(g, state, h)
+            direction = yield Back(direction)
+        if h.step == 1:
+            return weight
+        return weight.add(direction, alpha=-h.step_size) * (1 - h.lr * h.weight_decay)
+
+    def precondition(self, g: Tensor, state: Any, h: Any) -> None:
+        """Add the gradient's covariances, and refresh the bases where it is time."""
+        beta = self.betas[1] if self.shampoo_beta < 0 else self.shampoo_beta
+        first = rotate_back(state.exp_avg, state) if h.refreshing else None
+        for side, dim in SIDES:
+            if not hasattr(state, f"gram_{side}"):  # longer than max_precond_dim
+                continue
+            gram = getattr(state, f"gram_{side}").lerp(g @ g.mT if side == "left" else g.mT @ g, 1 - beta)
+            setattr(state, f"gram_{side}", gram)
+            if h.step == 1:
+                setattr(state, f"basis_{side}", eigenbasis(gram).q)
+            elif h.refreshing:
+                new: Basis = refresh(gram, getattr(state, f"basis_{side}"))
+                setattr(state, f"basis_{side}", new.q)
+                state.exp_avg_sq = reorder(state.exp_avg_sq, new.order, dim)
+        if first is not None:
+            state.exp_avg = rotate(first, state)
+
+
+def rotate(x: Tensor, state: Any) -> Tensor:
+    """Qₗᵀ X Qᵣ, with the identity for a side that has no basis."""
+    if hasattr(state, "basis_left"):
+        x = state.basis_left.mT @ x
+    return x @ state.basis_right if hasattr(state, "basis_right") else x
+
+
+def rotate_back(x: Tensor, state: Any) -> Tensor:
+    """Qₗ X Qᵣᵀ, the inverse of `rotate`."""
+    if hasattr(state, "basis_left"):
+        x = state.basis_left @ x
+    return x @ state.basis_right.mT if hasattr(state, "basis_right") else x

@@ -1,0 +1,172 @@
+"""State dicts in: torch.optim's format, ours, and what torch's distributed checkpoint hands over.
+
+Everything is matched and checked before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from distopt.layouts import Sharded, local_tensor
+from distopt.state.faces import Faces
+from distopt.state.windows import Window
+
+Write = Callable[[], None]
+
+
+def load_state_dict(
+    groups: list[dict[str, Any]], names: list[list[str]], faces: list[Faces], steps: list[Tensor], saved: dict[str, Any]
+) -> None:
+    """Load `saved` into bound groups. Collective where states travel to owners.
+
+    Args:
+        groups: the optimizer's param_groups; hyperparameters are taken over from `saved`.
+        names: names of the parameters of each group.
+        faces: the faces of each group.
+        steps: the step counter of each group.
+        saved: {"state": {index: {name: value}}, "param_groups": [...]}.
+
+    Raises:
+        ValueError: what is missing, unexpected, or of another shape, dtype or mesh. Nothing has been changed.
+    """
+    saved_groups = saved["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise ValueError(f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(groups)}")
+    writes: list[Write] = []
+    travelling: list[dict[int, dict[str, Tensor]]] = []
+    counted: list[float | None] = []
+    for number, (group, saved_group) in enumerate(zip(groups, saved_groups)):
+        order = match_parameters(number, names[number], saved_group)
+        if saved_group.get("rule", group["rule"]) != group["rule"]:
+            raise ValueError(f"group {number} was saved by rule {saved_group['rule']!r}, here it is {group['rule']!r}")
+        values: dict[int, dict[str, Tensor]] = {}
+        count: set[float] = set()
+        for position, index in enumerate(order):
+            entry = saved["state"].get(index)
+            if not entry:
+                continue
+            if "step" in entry:
+                count.add(float(entry["step"]))
+            found = {name: value for name, value in entry.items() if name != "step"}
+            writes += _check_parameter(faces[number], position, names[number][position], found, values)
+        if len(count) > 1:
+            raise ValueError(
+                f"group {number}: parameters have taken different numbers of steps ({sorted(count)[:4]}); one counter per "
+                "group is kept here, so put them into groups of equal counts"
+            )
+        counted.append(count.pop() if count else None)
+        travelling.append(values)
+    for write in writes:
+        write()
+    for group_faces, values in zip(faces, travelling):
+        if values:
+            group_faces.read(values)
+    for group, saved_group, step, taken in zip(groups, saved_groups, steps, counted):
+        if taken is not None:
+            step.fill_(taken)
+        group.update({k: v for k, v in saved_group.items() if k in group and k not in ("params", "param_names", "rule")})
+        group.update({k: v for k, v in saved_group.items() if k == "initial_lr"})
+
+
+def match_parameters(number: int, here: list[str], saved_group: dict[str, Any]) -> list[Any]:
+    """The saved index of each parameter of a group: by name where both sides have names, by position otherwise."""
+    indices = saved_group["params"]
+    there = saved_group.get("param_names")
+    if there is None or here[0].split(".")[0].isdigit():
+        if len(indices) != len(here):
+            raise ValueError(f"group {number} has {len(here)} parameters, the state dict has {len(indices)}")
+        return list(indices)
+    by_name = dict(zip(there, indices))
+    missing = [name for name in here if name not in by_name]
+    extra = [name for name in by_name if name not in here]
+    if missing or extra:
+        raise ValueError(
+            f"group {number}: the state dict lacks {missing[:5]} and has {extra[:5]} besides "
+            f"({len(missing)} missing, {len(extra)} unexpected)"
+        )
+    return [by_name[name] for name in here]
+
+
+def _check_parameter(
+    faces: Faces, position: int, name: str, found: dict[str, Any], values: dict[int, dict[str, Tensor]]
+) -> list[Write]:
+    """Writes for one parameter, after its values have been found to fit; what travels is put into `values`."""
+    declared = faces.declared(position)
+    if set(found) - set(declared) or set(declared) - set(found):
+        raise ValueError(
+            f"{name!r}: the state dict has states {sorted(found)}, {type(faces.rule).__name__} keeps {sorted(declared)}"
+        )
+    writes: list[Write] = []
+    live = faces.here(position)
+    for key, state in declared.items():
+        value = found[key]
+        if not isinstance(value, Tensor) or value.is_complex():
+            raise ValueError(f"{name!r}: state {key!r} is {type(value).__name__}, expected a tensor")
+        shape = faces.face_shape(position, state) if state.kind != "optimizer" else ()
+        window = faces.windows[position]
+        if faces.travels(position, state):
+            local = _local_part(value, shape, faces.face_geometry(position, key).layout, window, name, key)
+            values.setdefault(position, {})[key] = local
+            continue
+        target = local_tensor(live[key])
+        source = _fitting(value, live[key], shape, name, key)
+        writes.append(lambda target=target, source=source: target.copy_(source))  # type: ignore[misc]
+    return writes
+
+
+def _fitting(value: Tensor, live: Tensor, shape: tuple[int, ...], name: str, key: str) -> Tensor:
+    """The part of `value` that belongs into the local tensor of `live`."""
+    if isinstance(value, DTensor):
+        if not isinstance(live, DTensor) or value.device_mesh != live.device_mesh or value.placements != live.placements:
+            raise ValueError(
+                f"{name!r}: state {key!r} comes with mesh {value.device_mesh} and placements {value.placements}, here it "
+                f"is {live.placements if isinstance(live, DTensor) else 'a plain tensor'}; reshard it through "
+                "torch.distributed.checkpoint or the native checkpoint"
+            )
+        return local_tensor(value)
+    target = local_tensor(live)
+    if isinstance(live, DTensor) and tuple(value.shape) == shape:
+        axes = _sharding_layout(live)
+        return value[tuple(slice(start, stop) for start, stop in axes)]
+    if value.shape != target.shape:
+        raise ValueError(f"{name!r}: state {key!r} has shape {tuple(value.shape)}, expected {shape}")
+    return value
+
+
+def _sharding_layout(live: DTensor) -> tuple[tuple[int, int], ...]:
+    from distopt.layouts.dtensor import dtensor_layout
+
+    layout = dtensor_layout(live)
+    rank = live.device_mesh.mesh[tuple(live.device_mesh.get_coordinate() or ())].item()
+    return layout.box(layout.ranks.index(int(rank)))
+
+
+def _local_part(
+    value: Tensor, shape: tuple[int, ...], layout: Any, window: Window, name: str, key: str
+) -> Tensor:
+    """The rows of a state that lives with owners which this rank's face holds."""
+    assert isinstance(layout, Sharded)
+    box = layout.box(window.spec.index)
+    if isinstance(value, DTensor):
+        local = local_tensor(value)
+        expected = tuple(stop - start for start, stop in box)
+        if tuple(value.shape) != shape or (tuple(local.shape) != expected and local.numel() + _numel(expected) > 0):
+            raise ValueError(
+                f"{name!r}: state {key!r} is a DTensor of shape {tuple(value.shape)} with local shape {tuple(local.shape)}, "
+                f"expected {shape} with {expected}"
+            )
+        return local
+    if tuple(value.shape) == shape:
+        return value[tuple(slice(start, stop) for start, stop in box)]
+    if value.numel() == _numel(tuple(stop - start for start, stop in box)):  # a flat face, as flat shards have
+        return value
+    raise ValueError(f"{name!r}: state {key!r} has shape {tuple(value.shape)}, expected {shape}")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

@@ -102,6 +102,7 @@ def main(arguments: Sequence[str]) -> None:
 
     passes = Passes(wrapped, config, mesh, mesh.data_rank(rank), device, shape.vocab_size)
     first_step, steps, seconds = step, config.train.steps, 0.0
+    optimizer.reset_traffic()
     with Metrics(directory, config.logging, first_step=step, total_steps=steps, active=rank == 0) as metrics:
         window_step, window_start = step, time.perf_counter()
         while step < steps:
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str]) -> None:
         "model": f"{shape.model_type}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "mesh": f"{mesh.layout}: replicate {mesh.replicate} x dp {mesh.dp} x tp {mesh.tp} on {device.type}",
         "precision": precision_row(model, optimizer, bf16=config.train.precision == "bf16"),
-        **optimizer_rows(model, optimizer, steps_here, device),
+        **optimizer_rows(optimizer, steps_here, device),
         "memory": f"{human_bytes(memory_in_use(device))} on rank 0",
     }
     if rank == 0:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from settings import LoggingConfig
 from torch import nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import distopt
@@ -140,30 +139,20 @@ def precision_row(model: nn.Module, optimizer: distopt.Optimizer, *, bf16: bool)
     }
     for state in optimizer.state.values():
         for name, value in state.items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and name != "step":
                 found.setdefault(name, set()).add(dtype_name(value))
     return ", ".join(f"{name} {'/'.join(sorted(dtypes))}" for name, dtypes in found.items())
 
 
-def optimizer_rows(model: nn.Module, optimizer: distopt.Optimizer, steps: int, device: torch.device) -> dict[str, str]:
-    """State bytes and exchanged bytes, as the plan says and as measured over all ranks; collective."""
+def optimizer_rows(optimizer: distopt.Optimizer, steps: int, device: torch.device) -> dict[str, str]:
+    """State bytes, and bytes exchanged per step as planned and as measured since `reset_traffic`; collective."""
     plan, traffic = optimizer.plan.summary(), optimizer.traffic()
-    tensors = [
-        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
-    ]
-    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     state, planned, measured = sum_over_ranks(
-        [
-            sum(tensor.numel() * tensor.element_size() for tensor in local),
-            plan.get("bytes_sent_per_step", 0),
-            traffic["bytes_sent"] / max(1, steps),
-        ],
-        device,
+        [plan["state_bytes"], plan["bytes_sent_per_step"], traffic["bytes_sent"] / max(1, steps)], device
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
-        "state": f"{state / parameters:.2f} bytes per parameter, {human_bytes(state)} over all ranks",
-        "exchange": f"{human_bytes(planned)} per step over all ranks planned, {human_bytes(measured)} measured",
+        "state": f"{plan['state_bytes_per_parameter']:.2f} bytes per parameter; {human_bytes(state)} over all ranks",
+        "exchange": f"per step over all ranks: {planned:,.0f} bytes planned, {measured:,.0f} measured",
     }
 
 

@@ -242,6 +242,10 @@ class BoundGroup:
         """A state (rows, cols) of a matrix that is computed on this rank."""
         return self._owner_states[param, matrix][name]
 
+    def find_owner_state(self, param: int, matrix: int, name: str) -> Tensor | None:
+        """Like `owner_state`; None where another rank computes the matrix."""
+        return self._owner_states.get((param, matrix), {}).get(name)
+
     def scalar_state(self, name: str) -> Tensor:
         """A state of optimizer kind, which every stack of the group keeps alike."""
         for bucket in self.buckets:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from distopt.bound import Bound
+from distopt.bound import Bound, strip_prefixes
 from distopt.plan.geometry import logical_of
 from distopt.plan.report import PlanReport
 from distopt.rule import require
@@ -71,6 +71,8 @@ class Optimizer(torch.optim.Optimizer):
         self.engine = engine
         self.last_grad_norm: float | None = None
         self.skipped_steps = 0
+        self.routing: list[tuple[str, str, str]] = []
+        self._model: Callable[[], torch.nn.Module | None] | None = None
         self._bound: Bound | None = None
         self._pending: dict[str, Any] | None = None
         hyper = {f.name: options[f.name] for f in fields(rule_class(rule)) if f.name in options}
@@ -187,9 +189,9 @@ class Optimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("defaults", "param_groups", "engine", "last_grad_norm", "skipped_steps")
+        kept = ("defaults", "param_groups", "engine", "last_grad_norm", "skipped_steps", "routing")
         pending = self._bound.export() if self._bound is not None else self._pending
-        return {**{key: self.__dict__[key] for key in kept}, "_pending": pending, "_bound": None}
+        return {**{key: self.__dict__[key] for key in kept}, "_pending": pending, "_bound": None, "_model": None}
 
     def _bind(self) -> Bound:
         """Read layouts and make states, once; again when somebody replaced parameters."""
@@ -206,8 +208,20 @@ class Optimizer(torch.optim.Optimizer):
             self._bound = bound
         return self._bound
 
+    def attach_model(self, model: Callable[[], torch.nn.Module | None]) -> None:
+        """Remember the model (by a weak reference) whose parameters these are, so that they are found again, by name,
+        when the model is sharded after the optimizer was built."""
+        self._model = model
+
     def _refresh_parameters(self) -> None:
         """Find the parameters of a model that was sharded after the optimizer was built."""
+        model = self._model() if self._model is not None else None
+        if model is None:
+            return
+        now = {strip_prefixes(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+        for group in self.param_groups:
+            names = [strip_prefixes(name) for name in group["param_names"]]
+            group["params"] = [now.get(name, param) for name, param in zip(names, group["params"])]
 
 
 def _defaults(rule: str) -> dict[str, Any]:

@@ -153,6 +153,8 @@ class Rule:
 
     reach: ClassVar[Literal["elementwise", "reduce", "matrix"]]
     batched: ClassVar[bool] = True
+    create_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Defaults that create_optimizer changes, because there one lr serves several rules."""
 
     def check(self) -> None:
         """Raise ValueError for a hyperparameter out of range. Called at construction and whenever one changes."""

@@ -44,6 +44,7 @@ class Muon(Rule):
     ns_dtype: torch.dtype | None = None
 
     reach: ClassVar = "matrix"
+    create_defaults: ClassVar = {"adjust_lr_fn": "match_rms_adamw"}
 
     def check(self) -> None:
         super().check()

@@ -1,0 +1,125 @@
+"""create_optimizer: routes a model's parameters to rules by the role of their modules."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from distopt.bound import strip_prefixes
+from distopt.optimizer import ENGINE_OPTIONS, Optimizer, optimizer_class
+from distopt.rules import rule_class
+
+HEADS = {"lm_head", "head", "output", "embed_out", "score", "classifier", "output_layer", "unembed"}
+HIDDEN_MODULES = (nn.Linear, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where one parameter goes and why."""
+
+    name: str
+    param: Tensor
+    hidden: bool
+    decays: bool
+    why: str
+
+
+def create_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    rest: str = "adamw",
+    rest_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> Optimizer:
+    """Build an optimizer for a model, each parameter with the rule that its role asks for.
+
+    A rule that wants whole matrices gets the weights of hidden linear layers, convolutions and experts; embeddings, the
+    output head, norms, biases and scalars go to `rest`. Other rules get everything. Norms, biases and scalars are not
+    decayed. Tied weights are taken once, as what they are first. The model may be sharded before or after.
+
+    Args:
+        name: of a rule, as in `distopt.rules.RULES`.
+        lr, weight_decay: of all groups, unless `rest_options` says otherwise.
+        rest: the rule for what a matrix rule does not take.
+        rest_options: that rule's options.
+        options: the rule's options, and the keyword-only ones that all optimizers have.
+
+    Returns:
+        The optimizer; `.routing` explains, parameter by parameter.
+
+    Raises:
+        ValueError: no parameter is for the matrix rule, or an option or name is not known.
+    """
+    rule = rule_class(name)
+    matrix = rule.reach == "matrix"
+    routes = list(_routes(model))
+    if matrix and not any(route.hidden for route in routes):
+        raise ValueError(
+            f"no parameter of this {type(model).__name__} is for {name}: it takes the weights of hidden linear layers; "
+            f"use rest's rule ({rest!r}) alone instead"
+        )
+    engine = {key: options.pop(key) for key in list(options) if key in ENGINE_OPTIONS}
+    own = {**getattr(rule, "create_defaults", {}), **options, "lr": lr, "weight_decay": weight_decay}
+    known = {f.name for f in fields(rule)}
+    own = {key: value for key, value in own.items() if key in known or key in options}
+    other = {"rule": rest, "lr": lr, "weight_decay": weight_decay, **(rest_options or {})} if matrix else {}
+    groups = []
+    for hidden in (True, False):
+        for decays in (True, False):
+            chosen = [route for route in routes if (route.hidden or not matrix) == hidden and route.decays == decays]
+            if chosen:
+                group: dict[str, Any] = {"params": [(route.name, route.param) for route in chosen]}
+                group.update({} if hidden else other)
+                if not decays:
+                    group["weight_decay"] = 0.0
+                groups.append(group)
+    optimizer = optimizer_class(name)(groups, **own, **engine)
+    optimizer.attach_model(weakref.ref(model))
+    optimizer.routing = [
+        (route.name, name if route.hidden or not matrix else rest, route.why) for route in routes
+    ]
+    return optimizer
+
+
+def _routes(model: nn.Module) -> Iterator[Route]:
+    """Every trainable parameter once, with its role."""
+    heads = _output_modules(model)
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for key, param in module.named_parameters(prefix, recurse=False):
+            if id(param) in seen or not param.requires_grad:
+                continue
+            seen.add(id(param))
+            name = strip_prefixes(key)
+            leaf = name.rsplit(".", 1)[-1]
+            if id(param) in embeddings or "embed" in leaf or "pos" in leaf.split("_"):
+                yield Route(name, param, False, param.ndim > 1, "embedding")
+            elif id(module) in heads or (len(name.split(".")) == 2 and name.split(".")[0] in HEADS):
+                yield Route(name, param, False, param.ndim > 1, "output head")
+            elif param.ndim < 2:
+                yield Route(name, param, False, False, "vector or scalar")
+            elif isinstance(module, HIDDEN_MODULES) or type(module).__name__ == "Conv1D":
+                yield Route(name, param, True, True, f"weight of a hidden {type(module).__name__}")
+            elif param.ndim == 2 or (param.ndim == 3 and not isinstance(module, nn.Conv1d)):
+                yield Route(name, param, True, True, f"matrices of a {type(module).__name__}")
+            else:
+                yield Route(name, param, False, True, f"{param.ndim}-D weight of a {type(module).__name__}")
+
+
+def _output_modules(model: nn.Module) -> set[int]:
+    """Modules that a transformers model names as its output embeddings, under any wrapper."""
+    found = set()
+    for module in model.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        head = get() if callable(get) else None
+        if isinstance(head, nn.Module):
+            found.add(id(head))
+    return found

@@ -1,0 +1,307 @@
+"""The native checkpoint of a model and its optimizer: logical tensors by fully qualified name.
+
+What is written knows nothing of ranks, so that it loads on any layout and world size; on the same layout it continues
+bit for bit. No pickle: safetensors and JSON (`distopt.state.files`).
+
+In it are `model/<name>` (parameters and persistent buffers) and `state/<name>/<state>`. A statistic of rows is stored as
+(rows of all logical matrices, 1), one of columns as (matrices, columns), a state that lives with owners as the matrices
+stacked by rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from distopt.bound import Bound, strip_prefixes
+from distopt.layouts import layout_of, local_tensor
+from distopt.layouts.base import Layout
+from distopt.plan.geometry import Geometry, geometry_of
+from distopt.rule import State
+from distopt.state.agreement import Ranks
+from distopt.state.faces import Faces
+from distopt.state.files import Piece, check_writable, write
+from distopt.state.manifest import CheckpointError
+from distopt.state.reader import Reader, latest, prune
+
+__all__ = ["CheckpointError", "check_writable", "latest", "load", "prune", "save"]
+
+Rectangle = tuple[int, int, int, int]
+
+
+class _Part:
+    """One local rectangle of a logical tensor: how to save it and where to load it to."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], rect: Rectangle, tensor: Tensor, *, saves: bool = True) -> None:
+        self.name, self.shape, self.rect, self.tensor, self.saves = name, shape, rect, tensor, saves
+
+
+def save(path: str | Path, *, model: nn.Module, optimizer: Any, extra: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint directory; collective over all ranks of the default group.
+
+    Args:
+        path: directory to make; what is there is replaced once the new one is complete.
+        model: whose parameters and persistent buffers are saved.
+        optimizer: one of this package's.
+        extra: JSON-able; comes back from `load` (schedule, data position, random number generators).
+
+    Raises:
+        CheckpointError: the same on every rank; what was there before is intact.
+        ValueError: gradients are being accumulated, or a parameter of the optimizer is not in the model.
+    """
+    bound: Bound = optimizer._bind()
+    names = _names(model, bound)
+    document = {
+        "groups": [
+            {
+                "options": {k: v for k, v in group.items() if k not in ("params", "param_names")},
+                "names": [names[id(param)] for param in group["params"]],
+                "step": int(step),
+            }
+            for group, step in zip(optimizer.param_groups, bound.steps)
+        ],
+        "aliases": _aliases(model),
+        "extra": extra or {},
+    }
+    document = _plain(document)
+    parts = list(_parts(model, bound, names))
+    ranks = Ranks(None)
+    holders: dict[str, int] = {}
+    for rank, listed in enumerate(ranks.all_gather(sorted({part.name for part in parts if part.saves}))):
+        for name in listed:
+            holders.setdefault(name, rank)
+    whole = {part.name: _is_whole(part) for part in parts}
+    pieces = (
+        Piece(part.name, part.shape, part.rect, part.tensor)
+        for part in parts
+        if part.saves and (not whole[part.name] or holders[part.name] == ranks.rank)
+    )
+    write(Path(path), pieces, document)
+
+
+def load(path: str | Path, *, model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Read a checkpoint into a model and its optimizer, laid out in any way; collective.
+
+    Hyperparameters of the groups are the checkpoint's. Everything is verified before anything is changed.
+
+    Returns:
+        What was passed to `save` as `extra`.
+
+    Raises:
+        CheckpointError: damaged or missing files, missing or unexpected tensors, shapes that differ, other groups.
+    """
+    bound: Bound = optimizer._bind()
+    ranks = Ranks(None)
+    with ranks.together():
+        reader = Reader(Path(path))
+    reader.verify(dist.group.WORLD if dist.is_initialized() else None)
+    with ranks.together(), torch.no_grad():
+        names = _names(model, bound)
+        groups = reader.document["groups"]
+        parts = list(_parts(model, bound, names))
+        _check(reader, parts, groups, optimizer, names)
+        values = [reader.read(part.name, part.rect) for part in parts]
+    with torch.no_grad():
+        for part, value in zip(parts, values):
+            part.tensor.copy_(value.view(part.tensor.shape))
+        for group, saved, step in zip(optimizer.param_groups, groups, bound.steps):
+            options = saved["options"]
+            group.update({key: _restored(value) for key, value in options.items()})
+            step.fill_(saved["step"])
+    extra: dict[str, Any] = reader.document["extra"]
+    reader.close()
+    return extra
+
+
+def _check(reader: Reader, parts: list[_Part], groups: Any, optimizer: Any, names: dict[int, str]) -> None:
+    for number, (group, saved) in enumerate(zip(optimizer.param_groups, groups)):
+        if saved["options"]["rule"] != group["rule"]:
+            raise CheckpointError(
+                f"group {number} was saved by rule {saved['options']['rule']!r}, here it is {group['rule']!r}"
+            )
+        here = [names[id(param)] for param in group["params"]]
+        if sorted(here) != sorted(saved["names"]):
+            lacking, extra = sorted(set(here) - set(saved["names"])), sorted(set(saved["names"]) - set(here))
+            raise CheckpointError(f"group {number}: the checkpoint lacks parameters {lacking[:5]} and has {extra[:5]} besides")
+    if len(groups) != len(optimizer.param_groups):
+        raise CheckpointError(f"the checkpoint has {len(groups)} groups, the optimizer {len(optimizer.param_groups)}")
+    known = set(reader.names())
+    wanted = {part.name for part in parts}
+    if wanted - known:
+        raise CheckpointError(f"the checkpoint lacks {sorted(wanted - known)[:5]} ({len(wanted - known)} in all)")
+    for part in parts:
+        if tuple(reader.shape(part.name)) != part.shape:
+            raise CheckpointError(f"{part.name} has shape {tuple(reader.shape(part.name))} there and {part.shape} here")
+        if reader.dtype(part.name) != part.tensor.dtype:
+            raise CheckpointError(f"{part.name} is {reader.dtype(part.name)} there and {part.tensor.dtype} here")
+
+
+def _parts(model: nn.Module, bound: Bound, names: dict[int, str]) -> Iterator[_Part]:
+    """Everything that lies on this rank."""
+    mine = {id(param) for param in bound.params}
+    for name, param in model.named_parameters():
+        if id(param) not in mine:
+            yield from _tensor_parts(f"model/{strip_prefixes(name)}", param, layout_of(param, bound.rank), bound.rank)
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            yield from _tensor_parts(f"model/{strip_prefixes(name)}", buffer, layout_of(buffer, bound.rank), bound.rank)
+    for group, faces in zip(bound.groups, bound.faces):
+        for number, window in enumerate(group.windows):
+            name = names[id(window.param)]
+            # Parameters partitioned over replicas are whole in storage; their states are not.
+            stored = layout_of(window.param, bound.rank)
+            yield from _tensor_parts(f"model/{name}", window.param, stored, bound.rank)
+            primary = _primary(window.param)
+            for key, state in faces.declared(number).items():
+                for part in _state_parts(f"state/{name}/{key}", key, state, number, faces):
+                    part.saves = part.saves and primary
+                    yield part
+
+
+def _tensor_parts(name: str, tensor: Tensor, layout: Layout, rank: int) -> Iterator[_Part]:
+    local = local_tensor(tensor)
+    if not local.is_contiguous():
+        yield _Part(name, layout.shape, (0, *_view(layout.shape)[:1], 0, _view(layout.shape)[1]), local)
+        return
+    index = layout.ranks.index(rank)
+    rects = layout.rects(index, max(len(layout.shape) - 1, 0))
+    flat = local.view(-1)
+    for rect in rects:
+        view = _strided(flat, rect.r1 - rect.r0, rect.c1 - rect.c0, rect.stride, rect.offset)
+        yield _Part(name, layout.shape, (rect.r0, rect.r1, rect.c0, rect.c1), view, saves=_primary(tensor))
+    if not rects:
+        yield _Part(name, layout.shape, (0, 0, 0, 0), flat[:0].view(0, 0), saves=_primary(tensor))
+
+
+def _state_parts(name: str, key: str, state: State, number: int, faces: Faces) -> Iterator[_Part]:
+    window = faces.windows[number]
+    layout, index = window.spec.layout, window.spec.index
+    logical = faces.logical(number)
+    shape = logical.shape
+    if state.kind == "optimizer":
+        yield _Part(name, (), (0, 1, 0, 1), faces.group.scalar_state(key).view(1, 1))
+        return
+    if state.kind == "like":
+        flat = window.state.get(key)
+        for rect in layout.rects(index, max(len(layout.shape) - 1, 0)):
+            assert flat is not None
+            view = _strided(flat, rect.r1 - rect.r0, rect.c1 - rect.c0, rect.stride, rect.offset)
+            yield _Part(name, layout.shape, (rect.r0, rect.r1, rect.c0, rect.c1), view)
+        if not layout.rects(index, max(len(layout.shape) - 1, 0)):
+            yield _Part(name, layout.shape, (0, 0, 0, 0), torch.empty((0, 0)))
+        return
+    geometry = geometry_of(layout, logical)
+    if state.kind == "owner":
+        rows, cols = state.shape
+        whole = (logical.count * rows, cols)
+        yield _Part(name, whole, (0, 0, 0, 0), torch.empty((0, 0)))
+        for matrix in range(logical.count):
+            tensor = faces.group.find_owner_state(number, matrix, key)
+            if tensor is not None:
+                yield _Part(name, whole, (matrix * rows, (matrix + 1) * rows, 0, cols), tensor)
+        return
+    length = {"row": shape.rows, "col": shape.cols, "matrix": 1}[state.kind]
+    whole = (logical.count * length, 1) if state.kind != "col" else (logical.count, length)
+    yield _Part(name, whole, (0, 0, 0, 0), torch.empty((0, 0)))
+    offset = 0
+    for matrix, rect in sorted(geometry.pieces(index), key=lambda piece: piece[1].offset):
+        start, stop = {"row": (rect.r0, rect.r1), "col": (rect.c0, rect.c1), "matrix": (0, 1)}[state.kind]
+        flat = window.state[key][offset : offset + stop - start]
+        offset += stop - start
+        for a, b, saves in _shares(geometry, state.kind, index, matrix, start, stop):
+            part = flat[a - start : b - start]
+            if state.kind == "col":
+                yield _Part(name, whole, (matrix, matrix + 1, a, b), part.view(1, -1), saves=saves)
+            else:
+                yield _Part(name, whole, (matrix * length + a, matrix * length + b, 0, 1), part.view(-1, 1), saves=saves)
+
+
+def _shares(
+    geometry: Geometry, kind: str, index: int, matrix: int, start: int, stop: int
+) -> Iterator[tuple[int, int, bool]]:
+    """[start, stop) of a statistic that several ranks know, cut into runs; of each, whether this rank is the first to
+    have it and so the one to save it."""
+    taken = np.zeros(stop - start, dtype=bool)
+    for earlier in range(index):
+        for rect in geometry.pieces_of(earlier, matrix):
+            a, b = {"row": (rect.r0, rect.r1), "col": (rect.c0, rect.c1), "matrix": (0, 1)}[kind]
+            taken[max(a - start, 0) : max(b - start, 0)] = True
+    edges = [0, *(np.flatnonzero(np.diff(taken)) + 1).tolist(), stop - start]
+    for a, b in zip(edges, edges[1:]):
+        yield start + a, start + b, not taken[a]
+
+
+def _strided(flat: Tensor, rows: int, cols: int, stride: int, offset: int) -> Tensor:
+    return flat.as_strided((rows, cols), (stride, 1), flat.storage_offset() + offset)
+
+
+def _view(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]) if shape else (1, 1)
+
+
+def _is_whole(part: _Part) -> bool:
+    rows, cols = _view(part.shape)
+    return part.rect == (0, rows, 0, cols)
+
+
+def _primary(tensor: Tensor) -> bool:
+    """Whether this rank's copy of a replicated DTensor is the one to save."""
+    if not isinstance(tensor, DTensor):
+        return True
+    coordinate = tensor.device_mesh.get_coordinate() or []
+    return all(c == 0 for c, p in zip(coordinate, tensor.placements) if isinstance(p, Replicate))
+
+
+def _names(model: nn.Module, bound: Bound) -> dict[int, str]:
+    """Fully qualified names by parameter identity; what the model does not know keeps the optimizer's name."""
+    names = {id(param): strip_prefixes(name) for name, param in model.named_parameters()}
+    for param, name in zip(bound.params, bound.names):
+        if id(param) not in names:
+            if not hasattr(param, "_distopt_flat"):
+                raise ValueError(f"the optimizer's parameter {name!r} is not in the model; pass the model it was built for")
+            names[id(param)] = name
+    return names
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Other names of tied parameters."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if id(param) in first:
+            aliases[strip_prefixes(name)] = first[id(param)]
+        else:
+            first[id(param)] = strip_prefixes(name)
+    return aliases
+
+
+def _restored(value: Any) -> Any:
+    """The reverse of `_plain`, for options."""
+    if isinstance(value, list):
+        return tuple(_restored(item) for item in value)
+    if isinstance(value, str) and value.startswith("torch."):
+        return getattr(torch, value.removeprefix("torch."))
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able: tuples become lists, dtypes and numbers plain ones."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, Tensor):
+        return value.item()
+    return value
+
+

@@ -14,6 +14,7 @@ default method. With --threads 1 the times are CPU time, which other work on the
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["gpt2_124m", "llama3_8b"], default="gpt2_124m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=None)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args()
     if arguments.threads:
@@ -52,7 +53,7 @@ def main() -> None:
         name,
         {
             "question": __doc__.splitlines()[0],
-            "command": "python -m benchmarks.newton_schulz",
+            "command": " ".join(["python -m benchmarks.newton_schulz", *sys.argv[1:]]),
             "columns": ["matrix", "dtype", "matmul GFLOP/s", *names, "spread"],
             "rows": [
                 [

@@ -23,17 +23,20 @@ def test_hidden_matrices_leave_out_embeddings_and_head() -> None:
 def test_a_written_result_fills_its_marked_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     report.write_result(
-        "speed", {"columns": ["what", "ratio"], "rows": [["fast", 1.23456], ["slow", 0]], "note": "Higher is better."}
+        "speed",
+        {
+            "columns": ["what", "ratio"],
+            "rows": [["fast", 1.23456], ["slow", 0], ["absent", None]],
+            "note": "Higher is better.",
+        },
     )
     saved = json.loads((tmp_path / "speed.json").read_text())
     assert saved["environment"]["torch"]
     assert saved["environment"]["threads"] >= 1
     before = "# Title\n<!-- benchmark:speed -->\nold\n<!-- /benchmark:speed -->\nend\n"
     after = report.fill(before, tmp_path)
-    assert (
-        "| what | ratio |\n| --- | --- |\n| fast | 1.23 |\n| slow | 0 |\n\nHigher is better. Measured with torch"
-        in after
-    )
+    table = "| what | ratio |\n| --- | --- |\n| fast | 1.23 |\n| slow | 0 |\n| absent | – |\n"
+    assert f"{table}\nHigher is better. Measured with torch" in after
     assert after.startswith("# Title\n<!-- benchmark:speed -->\n")
     assert after.endswith("<!-- /benchmark:speed -->\nend\n")
     assert "old" not in after

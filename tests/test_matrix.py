@@ -176,7 +176,8 @@ def test_zero_and_rank_one_matrices(method: str) -> None:
     for shape in [(8, 20), (20, 8), (12, 12)]:
         assert torch.equal(orthogonalize(torch.zeros(shape), method=method), torch.zeros(shape))
         left, right = torch.randn(shape[0], 1), torch.randn(1, shape[1])
-        assert rel(orthogonalize(left @ right, method=method), naive(left @ right, method)) < 2e-5
+        # Rounding leaves 1e-7 in the empty directions, and five steps multiply what is small by up to 500.
+        assert rel(orthogonalize(left @ right, method=method), naive(left @ right, method)) < 2e-4
     stack = torch.stack([torch.zeros(8, 20), torch.randn(8, 20), torch.full((8, 20), torch.nan)])
     out = orthogonalize(stack, method=method)
     assert torch.equal(out[:2], orthogonalize(stack[:2], method=method))

@@ -33,7 +33,7 @@ class InverseRoot(NamedTuple):
     """Roots of a stack.
 
     Attributes:
-        root: (k, n, n), symmetric, in float32 (float64 for float64 input).
+        root: (k, n, n), symmetric up to rounding, in float32 (float64 for float64 input).
         basis: (k, n, n), eigenvectors by descending eigenvalue for "eigh" and "qr", to be handed to the next "qr";
             None for "newton".
         ok: (k,), bool: False where no root was found and `root` and `basis` are the previous ones.

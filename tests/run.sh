@@ -13,21 +13,22 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export HF_HUB_OFFLINE=1
 
 failed=()
-check() {
+check() { # check <name> <command>…
+  local name="$1"
+  shift
   echo "== $*"
-  "$@" || failed+=("$1 ${2:-}")
+  "$@" || failed+=("$name")
 }
 
-check ruff check .
-check ruff format --check .
-check mypy
+check "ruff check" ruff check .
+check "ruff format" ruff format --check .
+check mypy mypy
 # The import-direction test comes first (tests/conftest.py); a later -m takes the place of this one.
-check pytest -m "not slow" "$@"
+check pytest pytest -m "not slow" "$@"
 
 if [ "${#failed[@]}" -gt 0 ]; then
-  printf 'tests/run.sh: FAILED after %d s:' "$SECONDS"
-  printf ' [%s]' "${failed[@]}"
-  echo
+  printf -v list ', %s' "${failed[@]}"
+  echo "tests/run.sh: FAILED after $SECONDS s: ${list:2}"
   exit 1
 fi
 echo "tests/run.sh: all checks passed in $SECONDS s"

@@ -34,7 +34,7 @@ def distance(result: Tensor, reference: Tensor, weight: Tensor) -> float:
     """rel, as above; 0 where nothing changes."""
     change = (reference.double() - weight.double()).norm().item()
     error = (result.double() - reference.double()).norm().item()
-    return error / change if change else error
+    return float(error / change if change else error)
 
 
 @cache
@@ -92,6 +92,52 @@ def test_reference_agrees_with_the_public_implementation(name: str, variant: str
             result = oracle.run(weight, grads, **options)
             rel = distance(result, reference.run(weight, grads, **options), weight)
             assert rel < 1e-6, f"{shape}: {rel}, in float64"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for name, case in collect().items() for dtype in case.dtypes]
+)
+def test_low_precision_weights_are_rounded_once(name: str, dtype: torch.dtype) -> None:
+    """The first update of bf16 or fp16 weights is the exact one, computed in float32 and rounded once."""
+    case = collect()[name]
+    [oracle] = [oracle for oracle in case.oracles if oracle.name == "reference"]
+    options = next(iter(case.variants.values())) | {"lr": 0.1}
+    first = {key: start(s)[0].to(dtype) for key, s in case.accepted(MIXED).items() if oracle.where(s, options)}
+    params = {key: nn.Parameter(weight.clone()) for key, weight in first.items()}
+    grads = {key: [grad.to(dtype) for grad in start(MIXED[key])[1][: case.first_update]] for key in first}
+    optimizer = getattr(distopt, case.optimizer)(params.items(), **options)
+    for step in range(case.first_update):
+        for key, param in params.items():
+            param.grad = grads[key][step].clone()
+        optimizer.step()
+    for key, param in params.items():
+        exact = oracle.run(first[key].double(), [grad.double() for grad in grads[key]], **options)
+        assert param.dtype is dtype
+        assert param.numel() == 0 or not torch.equal(param, first[key]), f"{key} did not move"
+        # Half a unit in the last place; the absolute term is the error of float32 where weight and update cancel.
+        unit = torch.finfo(dtype).eps / 2
+        assert torch.allclose(param.detach().double(), exact, rtol=1.01 * unit, atol=2e-5), key
+
+
+@pytest.mark.parametrize("name", collect())
+def test_a_parameter_whose_first_gradient_comes_late_is_trained(name: str) -> None:
+    case = collect()[name]
+    weight, grads = start((32, 32))
+
+    def change(first_step: int) -> float:
+        early, param = (nn.Parameter(weight.clone()) for _ in range(2))
+        optimizer = getattr(distopt, case.optimizer)([("early", early), ("late", param)], lr=0.01)
+        for step in range(STEPS):
+            early.grad = grads[step].clone()
+            param.grad = grads[step - first_step].clone() if step >= first_step else None
+            optimizer.step()
+            if step < first_step:
+                assert torch.equal(param, weight)
+        return float((param - weight).norm())
+
+    # Counters belong to groups, so bias corrections may differ from a parameter's own; the size of the change does not.
+    on_time, delayed = change(first_step=0), change(first_step=2)
+    assert 0.3 * on_time < delayed < 1.2 * on_time
 
 
 @pytest.mark.parametrize("name", collect())

@@ -75,6 +75,8 @@ class Case:
         variants: Options of the constructor, by a short name.
         oracles: What its results are held against, one process.
         ndims: Numbers of dims that it accepts.
+        dtypes: Of parameters and gradients, beside float32.
+        first_update: The step, counted from 1, that first changes weights.
         torch_class: The class of torch.optim whose argument names, order and defaults it has, if torch has it.
         sharded: Largest rel against one process on any layout; 0 demands torch.equal.
         sharded_stacks: The same for models with several matrices of one shape, which may be batched differently.
@@ -85,6 +87,8 @@ class Case:
     variants: dict[str, Options]
     oracles: tuple[Oracle, ...]
     ndims: frozenset[int]
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    first_update: int = 1
     torch_class: type[torch.optim.Optimizer] | None = None
     sharded: float
     sharded_stacks: float

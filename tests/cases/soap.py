@@ -27,6 +27,7 @@ def full_rank(shape: Shape, options: Options) -> bool:
 
 CASE = Case(
     optimizer="SOAP",
+    first_update=2,
     ndims=frozenset({0, 1, 2, 3}),
     variants={
         "default": {},

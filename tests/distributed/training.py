@@ -24,9 +24,13 @@ def weights(shapes: Shapes) -> Full:
 
 
 def gradients(shapes: Shapes, step: int) -> dict[str, Tensor | None]:
-    """The same full gradients in every process. One parameter has none on every seventh step, on all ranks."""
-    generator = torch.Generator().manual_seed(100 + step)
-    grads: dict[str, Tensor | None] = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+    """The same full gradients in every process: noise around a constant, so that the change is large against the
+    rounding of weights. One parameter has none on every seventh step, on all ranks."""
+    constant, noise = torch.Generator().manual_seed(2), torch.Generator().manual_seed(100 + step)
+    grads: dict[str, Tensor | None] = {
+        name: torch.randn(shape, generator=constant) + 0.5 * torch.randn(shape, generator=noise)
+        for name, shape in shapes.items()
+    }
     if step % 7 == 3:
         grads[next(iter(shapes))] = None
     return grads

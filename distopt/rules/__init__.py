@@ -14,6 +14,7 @@ RULES = {
     "sgd": "SGD",
     "adamw": "AdamW",
     "lion": "Lion",
+    "adam": "Adam",
     "adafactor": "Adafactor",
     "muon": "Muon",
     "soap": "SOAP",

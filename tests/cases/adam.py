@@ -1,0 +1,27 @@
+"""Adam against torch.optim.Adam and the naive reference."""
+
+import torch
+
+from tests.cases import Case, Oracle, public
+from tests.references.adam import adam
+
+CASE = Case(
+    optimizer="Adam",
+    torch_class=torch.optim.Adam,
+    ndims=frozenset({0, 1, 2, 3}),
+    variants={
+        "default": {},
+        "decay": {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "maximize": True},
+        "amsgrad": {"lr": 0.01, "amsgrad": True},
+        "decoupled": {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    },
+    oracles=(
+        Oracle(name="reference", run=adam, rel=2e-6, why="float32 rounding of the weights, 7e-7 measured"),
+        Oracle(
+            name="torch", run=public(torch.optim.Adam), dtype=torch.float32, rel=1e-6, why="elementwise, same formula"
+        ),
+    ),
+    sharded=0,
+    sharded_stacks=0,
+    sharded_why="elementwise: no result depends on a cut",
+)

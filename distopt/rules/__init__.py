@@ -15,6 +15,7 @@ RULES = {
     "adamw": "AdamW",
     "lion": "Lion",
     "adam": "Adam",
+    "nadam": "NAdam",
     "adafactor": "Adafactor",
     "muon": "Muon",
     "soap": "SOAP",

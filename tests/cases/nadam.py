@@ -1,0 +1,26 @@
+"""NAdam against torch.optim.NAdam and the naive reference."""
+
+import torch
+
+from tests.cases import Case, Oracle, public
+from tests.references.adam import nadam
+
+CASE = Case(
+    optimizer="NAdam",
+    torch_class=torch.optim.NAdam,
+    ndims=frozenset({0, 1, 2, 3}),
+    variants={
+        "default": {},
+        "decay": {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "momentum_decay": 0.1},
+        "decoupled": {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    },
+    oracles=(
+        Oracle(name="reference", run=nadam, rel=2e-6, why="float32 rounding of the weights, 7e-7 measured"),
+        Oracle(
+            name="torch", run=public(torch.optim.NAdam), dtype=torch.float32, rel=1e-6, why="elementwise, same formula"
+        ),
+    ),
+    sharded=0,
+    sharded_stacks=0,
+    sharded_why="elementwise: no result depends on a cut",
+)

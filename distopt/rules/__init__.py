@@ -16,6 +16,7 @@ RULES = {
     "lion": "Lion",
     "adam": "Adam",
     "nadam": "NAdam",
+    "adagrad": "Adagrad",
     "adafactor": "Adafactor",
     "muon": "Muon",
     "soap": "SOAP",

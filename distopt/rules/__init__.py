@@ -17,6 +17,7 @@ RULES = {
     "adam": "Adam",
     "nadam": "NAdam",
     "adagrad": "Adagrad",
+    "rmsprop": "RMSprop",
     "adafactor": "Adafactor",
     "muon": "Muon",
     "soap": "SOAP",

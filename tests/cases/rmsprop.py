@@ -1,0 +1,23 @@
+"""RMSprop against torch.optim.RMSprop and the naive reference."""
+
+import torch
+
+from tests.cases import Case, Oracle, public
+from tests.references.adagrad import rmsprop
+
+CASE = Case(
+    optimizer="RMSprop",
+    ndims=frozenset({0, 1, 2, 3}),
+    variants={
+        "default": {},
+        "momentum": {"lr": 0.01, "alpha": 0.9, "eps": 1e-6, "weight_decay": 0.1, "momentum": 0.9},
+        "centered": {"lr": 0.01, "alpha": 0.9, "momentum": 0.5, "centered": True},
+    },
+    oracles=(
+        Oracle(name="reference", run=rmsprop, rel=1e-6, why="float32 rounding of the weights, 2e-7 measured"),
+        Oracle(name="torch", run=public(torch.optim.RMSprop), dtype=torch.float32, rel=1e-6, why="same formula"),
+    ),
+    sharded=0,
+    sharded_stacks=0,
+    sharded_why="elementwise: no result depends on a cut",
+)

@@ -18,6 +18,7 @@ RULES = {
     "nadam": "NAdam",
     "adagrad": "Adagrad",
     "rmsprop": "RMSprop",
+    "adadelta": "Adadelta",
     "adafactor": "Adafactor",
     "muon": "Muon",
     "soap": "SOAP",

@@ -53,7 +53,9 @@ class Bound:
         union = set(replicas or ()) | {rank for layout in layouts for rank in layout.ranks} | self._mesh_ranks()
         norm = _ranks(engine["norm_group"]) or tuple(sorted(union))
         self.domains = Domains(_known_groups(self.params, engine))
-        self.domains.create([layout.ranks for layout in layouts] + [tuple(union), norm] + ([replicas] if replicas else []))
+        self.domains.create(
+            [layout.ranks for layout in layouts] + [tuple(union), norm] + ([replicas] if replicas else [])
+        )
         self.union, self.norm = self.domains[tuple(union)], self.domains[norm]
 
         rules = [group_rule(group) for group in groups]
@@ -79,8 +81,8 @@ class Bound:
         self.report = PlanReport(self.plans, [f"{i} ({group['rule']})" for i, group in enumerate(groups)], self.rank)
         self.faces = [Faces(bound, self.domains) for bound in self.groups]
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
-        for group, faces, step in zip(self.groups, self.faces, self.steps):
-            for number, window in enumerate(group.windows):
+        for bound, faces, step in zip(self.groups, self.faces, self.steps):
+            for number, window in enumerate(bound.windows):
                 self.state[window.param] = {"step": step, **faces.here(number)}
 
     def fill_faces(self) -> None:
@@ -108,8 +110,12 @@ class Bound:
 
     def export(self) -> dict[str, Any]:
         """Everything but hyperparameters, in the format of a state dict; survives another binding."""
-        if any(isinstance(w.spec.layout, Partition) for group in self.groups for w in group.windows) and any(self.steps):
-            raise ValueError("an optimizer whose states are partitioned over replicas cannot be changed or copied once it ran")
+        if any(isinstance(w.spec.layout, Partition) for group in self.groups for w in group.windows) and any(
+            self.steps
+        ):
+            raise ValueError(
+                "an optimizer whose states are partitioned over replicas cannot be changed or copied once it ran"
+            )
         if not any(self.steps):
             return {"state": {}, "names": self.names}
         self.fill_faces()
@@ -329,5 +335,3 @@ def _digest(text: str) -> int:
 
 def _jsonable(values: dict[str, Any]) -> str:
     return json.dumps(values, sort_keys=True, default=str)
-
-

@@ -82,9 +82,7 @@ def create_optimizer(
                 groups.append(group)
     optimizer = optimizer_class(name)(groups, **own, **engine)
     optimizer.attach_model(weakref.ref(model))
-    optimizer.routing = [
-        (route.name, name if route.hidden or not matrix else rest, route.why) for route in routes
-    ]
+    optimizer.routing = [(route.name, name if route.hidden or not matrix else rest, route.why) for route in routes]
     return optimizer
 
 

@@ -39,7 +39,9 @@ Rectangle = tuple[int, int, int, int]
 class _Part:
     """One local rectangle of a logical tensor: how to save it and where to load it to."""
 
-    def __init__(self, name: str, shape: tuple[int, ...], rect: Rectangle, tensor: Tensor, *, saves: bool = True) -> None:
+    def __init__(
+        self, name: str, shape: tuple[int, ...], rect: Rectangle, tensor: Tensor, *, saves: bool = True
+    ) -> None:
         self.name, self.shape, self.rect, self.tensor, self.saves = name, shape, rect, tensor, saves
 
 
@@ -71,19 +73,18 @@ def save(path: str | Path, *, model: nn.Module, optimizer: Any, extra: dict[str,
         "extra": extra or {},
     }
     document = _plain(document)
-    parts = list(_parts(model, bound, names))
-    ranks = Ranks(None)
-    holders: dict[str, int] = {}
-    for rank, listed in enumerate(ranks.all_gather(sorted({part.name for part in parts if part.saves}))):
-        for name in listed:
-            holders.setdefault(name, rank)
-    whole = {part.name: _is_whole(part) for part in parts}
-    pieces = (
-        Piece(part.name, part.shape, part.rect, part.tensor)
-        for part in parts
-        if part.saves and (not whole[part.name] or holders[part.name] == ranks.rank)
-    )
+    parts = [part for part in _parts(model, bound, names) if part.saves]
+    pieces = (Piece(part.name, part.shape, part.rect, part.tensor) for part in _once(parts))
     write(Path(path), pieces, document)
+
+
+def _once(parts: list[_Part]) -> list[_Part]:
+    """What this rank is the first to have of what several ranks hold alike (replicas); collective. Empty parts stay: they
+    tell of tensors without elements."""
+    ranks = Ranks(None)
+    keys = [f"{part.name} {part.rect}" if part.tensor.numel() else "" for part in parts]
+    earlier = {key for listed in ranks.all_gather(keys)[: ranks.rank] for key in listed if key}
+    return [part for part, key in zip(parts, keys) if key not in earlier]
 
 
 def load(path: str | Path, *, model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -129,7 +130,9 @@ def _check(reader: Reader, parts: list[_Part], groups: Any, optimizer: Any, name
         here = [names[id(param)] for param in group["params"]]
         if sorted(here) != sorted(saved["names"]):
             lacking, extra = sorted(set(here) - set(saved["names"])), sorted(set(saved["names"]) - set(here))
-            raise CheckpointError(f"group {number}: the checkpoint lacks parameters {lacking[:5]} and has {extra[:5]} besides")
+            raise CheckpointError(
+                f"group {number}: the checkpoint lacks parameters {lacking[:5]} and has {extra[:5]} besides"
+            )
     if len(groups) != len(optimizer.param_groups):
         raise CheckpointError(f"the checkpoint has {len(groups)} groups, the optimizer {len(optimizer.param_groups)}")
     known = set(reader.names())
@@ -221,7 +224,9 @@ def _state_parts(name: str, key: str, state: State, number: int, faces: Faces) -
             if state.kind == "col":
                 yield _Part(name, whole, (matrix, matrix + 1, a, b), part.view(1, -1), saves=saves)
             else:
-                yield _Part(name, whole, (matrix * length + a, matrix * length + b, 0, 1), part.view(-1, 1), saves=saves)
+                yield _Part(
+                    name, whole, (matrix * length + a, matrix * length + b, 0, 1), part.view(-1, 1), saves=saves
+                )
 
 
 def _shares(
@@ -247,16 +252,11 @@ def _view(shape: tuple[int, ...]) -> tuple[int, int]:
     return (int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]) if shape else (1, 1)
 
 
-def _is_whole(part: _Part) -> bool:
-    rows, cols = _view(part.shape)
-    return part.rect == (0, rows, 0, cols)
-
-
 def _primary(tensor: Tensor) -> bool:
     """Whether this rank's copy of a replicated DTensor is the one to save."""
     if not isinstance(tensor, DTensor):
         return True
-    coordinate = tensor.device_mesh.get_coordinate() or []
+    coordinate: list[int] = tensor.device_mesh.get_coordinate() or []
     return all(c == 0 for c, p in zip(coordinate, tensor.placements) if isinstance(p, Replicate))
 
 
@@ -266,7 +266,9 @@ def _names(model: nn.Module, bound: Bound) -> dict[int, str]:
     for param, name in zip(bound.params, bound.names):
         if id(param) not in names:
             if not hasattr(param, "_distopt_flat"):
-                raise ValueError(f"the optimizer's parameter {name!r} is not in the model; pass the model it was built for")
+                raise ValueError(
+                    f"the optimizer's parameter {name!r} is not in the model; pass the model it was built for"
+                )
             names[id(param)] = name
     return names
 
@@ -303,5 +305,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item()
     return value
-
-

@@ -18,7 +18,7 @@ from distopt.comm.reductions import Reductions
 from distopt.plan.build import Bucket, GroupPlan, Stack
 from distopt.plan.trace import Ask, step_values, trace
 from distopt.rule import Back, Reduction, Rule, Shape, StateView, Whole
-from distopt.state.windows import Slabs, Window, allocate_stacks, strided
+from distopt.state.windows import Window, allocate_stacks, strided
 
 IN_FLIGHT = 3
 """Buckets at once: one being packed, one travelling, one being computed."""
@@ -28,7 +28,13 @@ class BoundBucket:
     """A bucket with its tensors: the stacks of pieces, the owned matrices, the states of both."""
 
     def __init__(
-        self, bucket: Bucket, rule: Rule, windows: list[Window], pieces: dict[int, Any], domain: Domain, device: torch.device
+        self,
+        bucket: Bucket,
+        rule: Rule,
+        windows: list[Window],
+        pieces: dict[int, Any],
+        domain: Domain,
+        device: torch.device,
     ) -> None:
         self.bucket, self.windows, self.domain, self.device = bucket, windows, domain, device
         self.gpu = device.type != "cpu"
@@ -64,7 +70,9 @@ class BoundBucket:
         assert len(values) == len(runs)
         self._commit(views, values, weights, inert)
 
-    def _answer(self, asks: tuple[Ask, ...], requests: list[tuple[Any, ...]]) -> Generator[Any, Any, list[list[Tensor]]]:
+    def _answer(
+        self, asks: tuple[Ask, ...], requests: list[tuple[Any, ...]]
+    ) -> Generator[Any, Any, list[list[Tensor]]]:
         """All requests of one round. Stacks of pieces come first, owned matrices after them."""
         pieces = len(self.bucket.stacks)
         answers: list[list[Any]] = [[None] * len(asks) for _ in requests]
@@ -189,9 +197,7 @@ def _normalize(requests: Any) -> tuple[Any, ...]:
 def _reduced_nothing(request: Reduction) -> Tensor:
     """The answer to a stack of no pieces."""
     rows, cols = request.x.shape[1:]
-    return request.x.new_zeros(
-        (0, 1 if request.dim in (-2, None) else rows, 1 if request.dim in (-1, None) else cols)
-    )
+    return request.x.new_zeros((0, 1 if request.dim in (-2, None) else rows, 1 if request.dim in (-1, None) else cols))
 
 
 class BoundGroup:
@@ -258,7 +264,10 @@ class BoundGroup:
         found: dict[tuple[int, int], dict[str, Tensor]] = {}
         for bound in self.buckets:
             entries = bound.bucket.entries
-            homes = [([piece.entry for piece in stack.pieces], slabs) for stack, slabs in zip(bound.bucket.stacks, bound.slabs)]
+            homes = [
+                ([piece.entry for piece in stack.pieces], slabs)
+                for stack, slabs in zip(bound.bucket.stacks, bound.slabs)
+            ]
             if bound.bucket.exchanged:
                 homes = [(list(owned.entries), slabs) for owned, slabs in zip(bound.bucket.owned, bound.owned_slabs)]
             for numbers, slabs in homes:
@@ -272,5 +281,7 @@ class BoundGroup:
     def _barriers(self, rule: Rule, step: int) -> list[tuple[str, int]]:
         if not self.plan.specs:
             return []
-        asks = [ask for asks in trace(rule, Shape(8, 8), step, False).rounds for ask in asks if ask.scope == "optimizer"]
+        asks = [
+            ask for asks in trace(rule, Shape(8, 8), step, False).rounds for ask in asks if ask.scope == "optimizer"
+        ]
         return [("max" if ask.kind == "max" else "sum", 1) for ask in asks]

@@ -64,10 +64,18 @@ class Optimizer(torch.optim.Optimizer):
             if options.get(name):
                 warnings.warn(f"{name}={options[name]!r} has no meaning here and is ignored", stacklevel=3)
         engine = {key: options.get(key, default) for key, default in ENGINE_OPTIONS.items()}
-        require(engine["nonfinite"] in ("raise", "skip", None), f"nonfinite: 'raise', 'skip' or None, got {engine['nonfinite']!r}")
-        require(engine["missing_grad"] in ("zero", "raise"), f"missing_grad: 'zero' or 'raise', got {engine['missing_grad']!r}")
+        require(
+            engine["nonfinite"] in ("raise", "skip", None),
+            f"nonfinite: 'raise', 'skip' or None, got {engine['nonfinite']!r}",
+        )
+        require(
+            engine["missing_grad"] in ("zero", "raise"),
+            f"missing_grad: 'zero' or 'raise', got {engine['missing_grad']!r}",
+        )
         limit = engine["max_grad_norm"]
-        require(limit is None or (math.isfinite(limit) and limit > 0), f"max_grad_norm must be > 0 or None, got {limit}")
+        require(
+            limit is None or (math.isfinite(limit) and limit > 0), f"max_grad_norm must be > 0 or None, got {limit}"
+        )
         self.engine = engine
         self.last_grad_norm: float | None = None
         self.skipped_steps = 0
@@ -79,7 +87,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, {"rule": rule, **_defaults(rule), **hyper})
 
     # The state is made at bind, and bind may have to wait until parameters are final, so it is a property.
-    @property  # type: ignore[override]
+    @property
     def state(self) -> defaultdict[Tensor, Any]:
         """State by parameter, as in torch.optim; binds."""
         return self._bind().state if self.param_groups else defaultdict(dict)
@@ -116,9 +124,13 @@ class Optimizer(torch.optim.Optimizer):
         allowed = {f.name for f in fields(rule_class(name))}
         for key in group.keys() - allowed - BOOKKEEPING - set(TORCH_OPTIONS):
             near = get_close_matches(key, sorted(allowed), n=1)
-            raise ValueError(f"a group for {name} has no option {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+            raise ValueError(
+                f"a group for {name} has no option {key!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+            )
         if name != self.defaults["rule"]:
-            shared = {key: self.defaults[key] for key in ("lr", "weight_decay") if key in allowed and key in self.defaults}
+            shared: dict[str, Any] = {
+                key: self.defaults[key] for key in ("lr", "weight_decay") if key in allowed and key in self.defaults
+            }
             group = {**_defaults(name), **shared, **group}
         before = self.defaults
         try:
@@ -174,7 +186,6 @@ class Optimizer(torch.optim.Optimizer):
         self._bind().fill_faces()
         return super().state_dict()
 
-    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of torch.optim's class of the same rule. Values keep fp32; parameters are
         matched by name where both sides have names, by position otherwise; hyperparameters come from the state dict.
@@ -232,9 +243,16 @@ def _check_group(group: dict[str, Any], position: int) -> None:
     rule = group_rule(group)
     names = group.get("param_names") or [f"group {position} parameter {i}" for i in range(len(group["params"]))]
     for name, param in zip(names, group["params"]):
-        require(param.is_floating_point(), f"{name!r} has dtype {param.dtype}; optimizers need real floating-point parameters")
-        require(param.layout == torch.strided, f"{name!r} is sparse; make it dense, or leave it to torch.optim.SparseAdam")
-        require(not param.is_meta, f"{name!r} is on the meta device; materialize the model (to_empty) before the optimizer")
+        require(
+            param.is_floating_point(),
+            f"{name!r} has dtype {param.dtype}; optimizers need real floating-point parameters",
+        )
+        require(
+            param.layout == torch.strided, f"{name!r} is sparse; make it dense, or leave it to torch.optim.SparseAdam"
+        )
+        require(
+            not param.is_meta, f"{name!r} is on the meta device; materialize the model (to_empty) before the optimizer"
+        )
         spec = getattr(param, "_distopt_flat", None)
         shape = tuple(spec.shape if spec is not None else param.shape)
         reason = rule.refuse(logical_of(shape, flatten=rule.reach == "matrix").shape)
@@ -244,8 +262,11 @@ def _check_group(group: dict[str, Any], position: int) -> None:
 def optimizer_class(name: str) -> type[Optimizer]:
     """The public class of a rule: torch.optim's constructor, then this package's keyword-only options."""
     rule = rule_class(name)
-    parameters = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD), Parameter("params", Parameter.POSITIONAL_OR_KEYWORD)]
-    keyword_only = []
+    parameters = [
+        Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
+        Parameter("params", Parameter.POSITIONAL_OR_KEYWORD),
+    ]
+    keyword_only: list[Parameter] = []
     for f in fields(rule):
         kind = Parameter.KEYWORD_ONLY if f.kw_only else Parameter.POSITIONAL_OR_KEYWORD
         (keyword_only if f.kw_only else parameters).append(Parameter(f.name, kind, default=f.default))

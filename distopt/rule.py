@@ -105,18 +105,18 @@ class StateView:
     the store before the engine commits."""
 
     __slots__ = ("new", "old")
+    new: dict[str, Tensor]
+    old: Mapping[str, Tensor]
 
     def __init__(self, old: Mapping[str, Tensor]) -> None:
         object.__setattr__(self, "old", old)
         object.__setattr__(self, "new", {})
 
-    def __getattr__(self, name: str) -> Tensor:
-        new: dict[str, Tensor] = object.__getattribute__(self, "new")
-        if name in new:
-            return new[name]
-        old: Mapping[str, Tensor] = object.__getattribute__(self, "old")
+    def __getattr__(self, name: str) -> Tensor:  # only reached for what is not a slot
+        if name in self.new:
+            return self.new[name]
         try:
-            return old[name]
+            return self.old[name]
         except KeyError:
             raise AttributeError(name) from None
 
@@ -161,9 +161,7 @@ class Rule:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in ("lr", "weight_decay", "eps", "momentum") and isinstance(value, int | float):
-                require(
-                    math.isfinite(value) and value >= 0, f"{field.name} must be a finite number ≥ 0, got {value!r}"
-                )
+                require(math.isfinite(value) and value >= 0, f"{field.name} must be a finite number ≥ 0, got {value!r}")
             if field.name == "betas":
                 require(all(0 <= beta < 1 for beta in value), f"betas must lie in [0, 1), got {value!r}")
 

@@ -40,7 +40,11 @@ def square_sum(flat: Tensor) -> float:
         flat = flat.float()
     if flat.device.type == "cpu":
         parts = flat.split(SLICE)
-        total = math.fsum(values) if all(map(math.isfinite, values := [torch.dot(p, p).item() for p in parts])) else math.inf
+        total = (
+            math.fsum(values)
+            if all(map(math.isfinite, values := [torch.dot(p, p).item() for p in parts]))
+            else math.inf
+        )
     else:
         total = torch.linalg.vector_norm(flat, dtype=torch.float64).square().item()
     if math.isfinite(total):
@@ -75,7 +79,9 @@ def reach_verdict(
     if union.size == 1:
         inert, partial = frozenset(i for i in range(count) if not present[i]), frozenset[int]()
     else:
-        votes = torch.tensor([*present, *(h and not p for h, p in zip(holds, present))], dtype=torch.float32, device=device)
+        votes = torch.tensor(
+            [*present, *(h and not p for h, p in zip(holds, present))], dtype=torch.float32, device=device
+        )
         _sum(union, votes)
         there, lacking = votes[:count].tolist(), votes[count:].tolist()
         inert = frozenset(i for i in range(count) if not there[i])

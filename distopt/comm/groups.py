@@ -89,6 +89,7 @@ class Domains:
         self._domains: dict[tuple[int, ...], Domain] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         if dist.is_initialized():
+            assert dist.group.WORLD is not None
             for group in (*known, dist.group.WORLD):
                 self._groups.setdefault(tuple(dist.get_process_group_ranks(group)), group)
 

@@ -59,9 +59,7 @@ def _advance(run: Run, waiting: deque[tuple[Run, dist.Work]]) -> None:
             return
 
 
-def _run_in_step(
-    runs: list[Run], total: Callable[[Tensor, str], Tensor], barriers: Sequence[tuple[str, int]]
-) -> None:
+def _run_in_step(runs: list[Run], total: Callable[[Tensor, str], Tensor], barriers: Sequence[tuple[str, int]]) -> None:
     answer: Tensor | None = None
     for op, values in barriers:
         partials = [event.partial for event in (_to_barrier(run, answer) for run in runs) if event is not None]

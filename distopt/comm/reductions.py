@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Generator
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -12,37 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.comm.groups import Domain
-from distopt.plan.build import Bucket, Entry, Stack
+from distopt.plan.build import Bucket, Stack
+from distopt.plan.fields import Field, fields_of
 from distopt.plan.trace import Ask
 from distopt.rule import Reduction, Shape
-
-
-@dataclass(frozen=True)
-class Field:
-    """Runs of `length` elements in a round's buffer, one per split entry of a logical shape; `rows` maps entries."""
-
-    length: int
-    rows: dict[int, int]
-
-    @property
-    def numel(self) -> int:
-        """Elements of the buffer."""
-        return self.length * len(self.rows)
-
-
-def fields_of(entries: tuple[Entry, ...], ask: Ask) -> dict[Shape | None, Field]:
-    """What one request needs in the round's buffer, by logical shape; the layout is the same on every rank. Entries that
-    no rank lacks part of are answered where they lie."""
-    if ask.scope == "tensor":
-        return {None: Field(1, {param: row for row, param in enumerate(sorted({e.param for e in entries}))})}
-    numbers: dict[Shape, list[int]] = defaultdict(list)
-    for number, entry in enumerate(entries):
-        if entry.split(ask.dim):
-            numbers[entry.shape].append(number)
-    return {
-        shape: Field(_length(ask, shape.rows, shape.cols), {n: row for row, n in enumerate(found)})
-        for shape, found in numbers.items()
-    }
 
 
 class Reductions:
@@ -83,9 +54,7 @@ class Reductions:
             self._fields[ask] = fields_of(self.bucket.entries, ask)
         return self._fields[ask]
 
-    def _runs(
-        self, position: int, ask: Ask, buffers: dict[Shape | None, Tensor]
-    ) -> tuple[Tensor, Tensor] | None:
+    def _runs(self, position: int, ask: Ask, buffers: dict[Shape | None, Tensor]) -> tuple[Tensor, Tensor] | None:
         """(which runs, the part of them that this stack's pieces cover); None where the piece has all of the dim."""
         stack = self.bucket.stacks[position]
         rect, shape = stack.rect, stack.shape
@@ -149,13 +118,6 @@ class Reductions:
         rows = stack.shape.rows if ask.dim != -1 and ask.of != "col" else 1
         cols = stack.shape.cols if ask.dim != -2 and ask.of != "row" else 1
         return rows * cols
-
-
-def _length(ask: Ask, rows: int, cols: int) -> int:
-    """Elements of one answer about a whole matrix: one per row or column, unless a statistic is reduced further."""
-    if ask.of != "like" or ask.dim is None:
-        return 1
-    return rows if ask.dim == -1 else cols
 
 
 def _partial(ask: Ask, x: Tensor) -> Tensor:

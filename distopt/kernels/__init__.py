@@ -27,9 +27,7 @@ def fused_kernel(rule: Rule) -> Kernel | None:
     return KERNELS.get(type(rule))
 
 
-def _adamw(
-    rule: AdamW, step: int, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]
-) -> None:
+def _adamw(rule: AdamW, step: int, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]) -> None:
     count = torch.tensor(float(step), device=weights[0].device)
     torch._fused_adamw_(
         weights,

@@ -33,7 +33,7 @@ class Sharded(Layout):
         torch chunks by the plain shards first and by the strided ones within the result; its own
         compute_local_shape_and_global_offset disagrees with FSDP2's chunking on uneven dims, so this does not use it.
         """
-        coordinate = []
+        coordinate: list[int] = []
         for axis in reversed(self.axes):
             index, position = divmod(index, axis.size)
             coordinate.insert(0, position)

@@ -72,7 +72,9 @@ def flat_layout(param: Tensor) -> Flat | None:
     covered = 0
     for start, stop in sorted(spec.ranges):
         if start != covered and start != stop:
-            raise ValueError(f"flat shards of a tensor of shape {spec.shape} leave a gap or overlap at element {covered}")
+            raise ValueError(
+                f"flat shards of a tensor of shape {spec.shape} leave a gap or overlap at element {covered}"
+            )
         covered = max(covered, stop)
     if covered != matrix_view(spec.shape, 0)[1]:
         raise ValueError(f"flat shards of a tensor of shape {spec.shape} end at element {covered}")

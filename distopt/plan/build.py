@@ -200,7 +200,9 @@ def matrix_cost(rule: Rule, shape: Shape, gpu: bool) -> float:
     """FLOPs per step at the owner of a matrix of this shape, averaged over phases; elements where nothing is counted."""
     if not shape.numel:
         return 0.0
-    return sum(share * trace(rule, shape, step, gpu).flops for step, share in rule.phases().values()) or float(shape.numel)
+    return sum(share * trace(rule, shape, step, gpu).flops for step, share in rule.phases().values()) or float(
+        shape.numel
+    )
 
 
 def _matrix_buckets(plan: GroupPlan, ranks: tuple[int, ...], entries: list[Entry], rank: int) -> Iterator[Bucket]:
@@ -250,7 +252,7 @@ def _chunks(entries: list[Entry], ranks: int, *, together: bool = False) -> Iter
 def _bucket(
     specs: Sequence[Spec], rule: Rule, ranks: tuple[int, ...], entries: list[Entry], rank: int, *, exchanged: bool
 ) -> Bucket:
-    alike: dict[tuple[object, ...], list[Piece]] = defaultdict(list)
+    alike: dict[tuple[Shape, int, int, int, int, tuple[int, int] | None], list[Piece]] = defaultdict(list)
     for number, entry in enumerate(entries):
         index = specs[entry.param].index
         alone = len(entry.geometry.pieces(index)) == 1
@@ -260,9 +262,8 @@ def _bucket(
             key = (entry.shape, rect.r0, rect.r1, rect.c0, rect.c1, None if alone else (entry.param, rect.stride))
             alike[key].append(Piece(number, entry.param, rect))
     stacks = []
-    for key, pieces in alike.items():
-        shape: Shape = key[0]  # type: ignore[assignment]
-        limit = stack_limit(rule, shape) if key[-1] is None or _evenly_spaced(pieces) else 1
+    for (shape, *_, siblings), pieces in alike.items():
+        limit = stack_limit(rule, shape) if siblings is None or _evenly_spaced(pieces) else 1
         stacks += [Stack(shape, tuple(pieces[i : i + limit])) for i in range(0, len(pieces), limit)]
     owned = []
     if exchanged:

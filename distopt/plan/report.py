@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from distopt.comm.reductions import fields_of
 from distopt.plan.build import Bucket, GroupPlan, Stack
+from distopt.plan.fields import fields_of
 from distopt.plan.geometry import logical_of
 from distopt.plan.trace import Rounds
 from distopt.rule import Shape
@@ -48,7 +48,9 @@ class PlanReport:
         for plan in self.groups:
             for ranks, load in plan.loads.items():
                 loads[ranks] = loads[ranks] + load
-        out["flops_imbalance"] = max((float(load.max() / load.mean()) for load in loads.values() if load.any()), default=1.0)
+        out["flops_imbalance"] = max(
+            (float(load.max() / load.mean()) for load in loads.values() if load.any()), default=1.0
+        )
         traffic = [exchanged_bytes(plan) for plan in self.groups]
         totals: dict[tuple[int, ...], np.ndarray] = defaultdict(lambda: np.zeros((1, 1)))
         for by_domain in traffic:
@@ -216,7 +218,9 @@ def _stack_bytes(plan: GroupPlan, bucket: Bucket, stack: Stack) -> list[int]:
     k, rows, cols = stack.size
     size = {"like": rows * cols, "row": rows, "col": cols, "matrix": 1, "optimizer": 0}
     return [
-        4 * k * (size[state.kind] if state.kind != "owner" else state.shape[0] * state.shape[1] * (not bucket.exchanged))
+        4
+        * k
+        * (size[state.kind] if state.kind != "owner" else state.shape[0] * state.shape[1] * (not bucket.exchanged))
         for state in plan.rule.states(stack.shape).values()
     ]
 
@@ -235,5 +239,3 @@ def _size(numbytes: float) -> str:
             return f"{numbytes:.4g} {unit}"
         numbytes /= 1024
     return f"{numbytes:.4g} TiB"
-
-

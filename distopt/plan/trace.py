@@ -82,9 +82,7 @@ def trace(rule: Rule, shape: Shape, step: int, gpu: bool) -> Trace:
 def _run(
     rule: Rule, shape: Shape, step: int, gpu: bool, piece: tuple[int, int, int], owned: int, counter: Any = None
 ) -> tuple[tuple[tuple[Ask, ...], ...], int]:
-    states = StateView({
-        name: _meta(state, piece, (owned, *state.shape)) for name, state in rule.states(shape).items()
-    })
+    states = StateView({name: _meta(state, piece, (owned, *state.shape)) for name, state in rule.states(shape).items()})
     grad, weight = torch.empty(piece, device="meta"), torch.empty(piece, device="meta")
     guard = PieceGuard(type(rule).__name__, piece)
     rounds: list[tuple[Ask, ...]] = []
@@ -122,7 +120,7 @@ def _meta(state: State, piece: tuple[int, int, int], owner: tuple[int, int, int]
 
 def _ask(request: Request, piece: tuple[int, int, int]) -> Ask:
     if isinstance(request, Reduction):
-        kept = tuple(n == full for n, full in zip(request.x.shape[1:], piece[1:], strict=True))
+        kept = (request.x.shape[1] == piece[1], request.x.shape[2] == piece[2])
         of = {(True, True): "like", (True, False): "row", (False, True): "col"}.get(kept, "one")
         return Ask(request.op, request.dim, request.scope, of)
     return Ask("whole" if isinstance(request, Whole) else "back", dtype=request.x.dtype)

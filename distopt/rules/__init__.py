@@ -21,6 +21,7 @@ RULES = {
     "adadelta": "Adadelta",
     "adafactor": "Adafactor",
     "muon": "Muon",
+    "normuon": "NorMuon",
     "soap": "SOAP",
 }
 """Name → class; the file has the name."""
@@ -36,8 +37,10 @@ def rule_class(name: str) -> type[Rule]:
         import difflib
 
         near = difflib.get_close_matches(str(name), RULES, n=1)
-        raise ValueError(f"no rule is called {name!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(RULES)})")
-    return getattr(importlib.import_module(f"distopt.rules.{name}"), RULES[name])  # type: ignore[no-any-return]
+        raise ValueError(
+            f"no rule is called {name!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(RULES)})"
+        )
+    return getattr(importlib.import_module(f"distopt.rules.{name}"), RULES[name])
 
 
 def group_rule(group: dict[str, Any]) -> Rule:

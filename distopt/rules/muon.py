@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from distopt.matrix.newton_schulz import orthogonalize
+from distopt.matrix.newton_schulz import Method, orthogonalize
 from distopt.rule import Back, Rule, Shape, State, Update, Whole, require
 
 SCALES = {
@@ -40,7 +40,7 @@ class Muon(Rule):
     ns_steps: int = 5
     adjust_lr_fn: str | None = None
     _: KW_ONLY
-    ns: str = "quintic"
+    ns: Method = "quintic"
     ns_dtype: torch.dtype | None = None
 
     reach: ClassVar = "matrix"
@@ -64,7 +64,12 @@ class Muon(Rule):
         matrix = yield Whole(update.to(dtype))
         orthogonal = yield Back(
             orthogonalize(
-                matrix, method=self.ns, steps=self.ns_steps, coefficients=self.ns_coefficients, eps=self.eps, dtype=dtype
+                matrix,
+                method=self.ns,
+                steps=self.ns_steps,
+                coefficients=self.ns_coefficients,
+                eps=self.eps,
+                dtype=dtype,
             )
         )
         scale = SCALES[self.adjust_lr_fn or "original"](h.shape.rows, h.shape.cols)

@@ -44,7 +44,5 @@ class SGD(Rule):
                 state.momentum_buffer = grad
             else:
                 state.momentum_buffer = (state.momentum_buffer * self.momentum).add(grad, alpha=1 - self.dampening)
-            grad = (
-                grad.add(state.momentum_buffer, alpha=self.momentum) if self.nesterov else state.momentum_buffer
-            )
+            grad = grad.add(state.momentum_buffer, alpha=self.momentum) if self.nesterov else state.momentum_buffer
         return weight.add(grad, alpha=-h.lr)

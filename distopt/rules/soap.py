@@ -42,7 +42,9 @@ class SOAP(Rule):
     def check(self) -> None:
         super().check()
         require(self.shampoo_beta < 1, f"shampoo_beta must be < 1 (negative: beta2), got {self.shampoo_beta}")
-        require(self.precondition_frequency >= 1, f"precondition_frequency must be ≥ 1, got {self.precondition_frequency}")
+        require(
+            self.precondition_frequency >= 1, f"precondition_frequency must be ≥ 1, got {self.precondition_frequency}"
+        )
         require(self.max_precond_dim >= 1, f"max_precond_dim must be ≥ 1, got {self.max_precond_dim}")
 
     def refuse(self, shape: Shape) -> str | None:

@@ -39,7 +39,7 @@ class Faces:
 
     def declared(self, number: int) -> dict[str, State]:
         """The states of parameter `number`."""
-        return self.rule.states(self.logical(number).shape)  # type: ignore[no-any-return]
+        return self.rule.states(self.logical(number).shape)
 
     def travels(self, number: int, state: State) -> bool:
         """Whether this state lives with an owner that is chosen among several ranks."""
@@ -136,9 +136,9 @@ class Faces:
             domain = self.domains[ranks]
             if domain.size == 1 or not entries:
                 continue
-            names = sorted({
-                name for e in entries for name, state in self.declared(e.param).items() if state.kind == "owner"
-            })
+            names = sorted(
+                {name for e in entries for name, state in self.declared(e.param).items() if state.kind == "owner"}
+            )
             for name in names:
                 yield self._route(domain, entries, name)
 

@@ -69,7 +69,9 @@ def load_state_dict(
     for group, saved_group, step, taken in zip(groups, saved_groups, steps, counted):
         if taken is not None:
             step.fill_(taken)
-        group.update({k: v for k, v in saved_group.items() if k in group and k not in ("params", "param_names", "rule")})
+        group.update(
+            {k: v for k, v in saved_group.items() if k in group and k not in ("params", "param_names", "rule")}
+        )
         group.update({k: v for k, v in saved_group.items() if k == "initial_lr"})
 
 
@@ -122,7 +124,11 @@ def _check_parameter(
 def _fitting(value: Tensor, live: Tensor, shape: tuple[int, ...], name: str, key: str) -> Tensor:
     """The part of `value` that belongs into the local tensor of `live`."""
     if isinstance(value, DTensor):
-        if not isinstance(live, DTensor) or value.device_mesh != live.device_mesh or value.placements != live.placements:
+        if (
+            not isinstance(live, DTensor)
+            or value.device_mesh != live.device_mesh
+            or value.placements != live.placements
+        ):
             raise ValueError(
                 f"{name!r}: state {key!r} comes with mesh {value.device_mesh} and placements {value.placements}, here it "
                 f"is {live.placements if isinstance(live, DTensor) else 'a plain tensor'}; reshard it through "
@@ -146,9 +152,7 @@ def _sharding_layout(live: DTensor) -> tuple[tuple[int, int], ...]:
     return layout.box(layout.ranks.index(int(rank)))
 
 
-def _local_part(
-    value: Tensor, shape: tuple[int, ...], layout: Any, window: Window, name: str, key: str
-) -> Tensor:
+def _local_part(value: Tensor, shape: tuple[int, ...], layout: Any, window: Window, name: str, key: str) -> Tensor:
     """The rows of a state that lives with owners which this rank's face holds."""
     assert isinstance(layout, Sharded)
     box = layout.box(window.spec.index)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from distopt.layouts import Partition, local_tensor
 from distopt.plan.build import Bucket, Piece, Spec, Stack
-from distopt.rule import Rule, Shape, State
+from distopt.rule import Rule, State
 
 
 @dataclass

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from distopt.bound import Bound, strip_prefixes
 from distopt.layouts import layout_of, local_tensor
 from distopt.layouts.base import Layout
+from distopt.layouts.region import Rect
 from distopt.plan.geometry import Geometry, geometry_of
 from distopt.rule import State
 from distopt.state.agreement import Ranks
@@ -216,10 +217,10 @@ def _state_parts(name: str, key: str, state: State, number: int, faces: Faces) -
     yield _Part(name, whole, (0, 0, 0, 0), torch.empty((0, 0)))
     offset = 0
     for matrix, rect in sorted(geometry.pieces(index), key=lambda piece: piece[1].offset):
-        start, stop = {"row": (rect.r0, rect.r1), "col": (rect.c0, rect.c1), "matrix": (0, 1)}[state.kind]
+        start, stop = _extent(state.kind, rect)
         flat = window.state[key][offset : offset + stop - start]
         offset += stop - start
-        for a, b, saves in _shares(geometry, state.kind, index, matrix, start, stop):
+        for a, b, saves in _shares(geometry, state.kind, index, matrix, rect):
             part = flat[a - start : b - start]
             if state.kind == "col":
                 yield _Part(name, whole, (matrix, matrix + 1, a, b), part.view(1, -1), saves=saves)
@@ -229,19 +230,24 @@ def _state_parts(name: str, key: str, state: State, number: int, faces: Faces) -
                 )
 
 
-def _shares(
-    geometry: Geometry, kind: str, index: int, matrix: int, start: int, stop: int
-) -> Iterator[tuple[int, int, bool]]:
-    """[start, stop) of a statistic that several ranks know, cut into runs; of each, whether this rank is the first to
-    have it and so the one to save it."""
+def _shares(geometry: Geometry, kind: str, index: int, matrix: int, rect: Rect) -> Iterator[tuple[int, int, bool]]:
+    """What a rectangle has of a statistic, cut into runs; of each, whether no earlier rank and no earlier rectangle of
+    this rank has it, so that it is saved from here."""
+    start, stop = _extent(kind, rect)
     taken = np.zeros(stop - start, dtype=bool)
-    for earlier in range(index):
-        for rect in geometry.pieces_of(earlier, matrix):
-            a, b = {"row": (rect.r0, rect.r1), "col": (rect.c0, rect.c1), "matrix": (0, 1)}[kind]
-            taken[max(a - start, 0) : max(b - start, 0)] = True
+    earlier = [other for rank in range(index) for other in geometry.pieces_of(rank, matrix)]
+    earlier += [other for other in geometry.pieces_of(index, matrix) if other.offset < rect.offset]
+    for other in earlier:
+        a, b = _extent(kind, other)
+        taken[max(a - start, 0) : max(b - start, 0)] = True
     edges = [0, *(np.flatnonzero(np.diff(taken)) + 1).tolist(), stop - start]
     for a, b in zip(edges, edges[1:]):
         yield start + a, start + b, not taken[a]
+
+
+def _extent(kind: str, rect: Rect) -> tuple[int, int]:
+    """The interval of a statistic that a rectangle has: of its rows, its columns, or the matrix's one number."""
+    return {"row": (rect.r0, rect.r1), "col": (rect.c0, rect.c1), "matrix": (0, 1)}[kind]
 
 
 def _strided(flat: Tensor, rows: int, cols: int, stride: int, offset: int) -> Tensor:

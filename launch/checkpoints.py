@@ -1,30 +1,44 @@
-"""A run's checkpoints: what a bit-exact resume needs beside model and optimizer, and which ones to keep.
+"""What a bit-exact resume needs beside model and optimizer.
 
 distopt.checkpoint writes tensors of any layout; this adds the position, the schedule and the random number generators.
 """
 
 import base64
-import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-PREFIX = "step-"
-
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies; names sort as steps do."""
-    return directory / f"{PREFIX}{step:09d}"
+    """Where the checkpoint of `step` lies, by the names that distopt.checkpoint.latest looks for."""
+    return directory / f"step-{step:09d}"
 
 
-def delete_old(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; call it on one rank, after the newest is committed."""
-    for path in sorted(directory.glob(f"{PREFIX}{'[0-9]' * 9}"))[:-keep]:
-        shutil.rmtree(path)
+def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The options of each parameter group, as the settings of this run made them."""
+    return [
+        {key: group[key] for key in group if key not in ("params", "param_names")} for group in optimizer.param_groups
+    ]
+
+
+def keep_options(optimizer: torch.optim.Optimizer, options: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Put this run's options back after a load, which brings the checkpoint's; a warning names those that differ.
+
+    The learning rate always differs, as the schedule moves it.
+    """
+    for index, (group, mine) in enumerate(zip(optimizer.param_groups, options, strict=True)):
+        for name, value in mine.items():
+            if name != "lr" and group[name] != value:
+                warnings.warn(
+                    f"checkpoint '{path}' was trained with {name}={group[name]!r} in parameter group {index}; "
+                    f"this run goes on with its own setting, {value!r}",
+                    stacklevel=2,
+                )
+        group.update(mine)
 
 
 def rng_states(device: torch.device) -> dict[str, list[str]]:

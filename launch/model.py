@@ -249,6 +249,15 @@ def set_gradient_sync(module: nn.Module, on: bool) -> None:
         module.set_requires_gradient_sync(on)
 
 
+def reshard(module: nn.Module) -> None:
+    """Give up the parameters that FSDP2 keeps gathered after a forward pass without a backward pass.
+
+    Of the root it does, and `model.parameters()` are then not those that the optimizer and a checkpoint know.
+    """
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 def state_process_group(mesh: Mesh) -> dist.ProcessGroup | None:
     """The ranks over which the optimizer partitions its states; None leaves them as the parameters lie."""
     return dist.group.WORLD if mesh.partition_states else None

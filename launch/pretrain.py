@@ -13,12 +13,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import distopt.checkpoint
 import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from checkpoints import check_same_data, checkpoint_path, delete_old, require, restore_rng, rng_states
+from checkpoints import (
+    check_same_data,
+    checkpoint_path,
+    group_options,
+    keep_options,
+    require,
+    restore_rng,
+    rng_states,
+)
 from config import load_config
 from data import Corpus, load_corpora, training_starts, validation_starts
 from model import (
@@ -28,6 +35,7 @@ from model import (
     export_model,
     model_config,
     parallelize,
+    reshard,
     resolve_mesh,
     set_gradient_sync,
     state_process_group,
@@ -49,6 +57,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import distopt
+import distopt.checkpoint
 from distopt.schedules import WarmupCosine, WarmupStableDecay
 
 
@@ -90,11 +99,14 @@ def main(arguments: Sequence[str]) -> None:
         "train.batch_size": config.train.batch_size,
     }
     checkpoints = directory / "checkpoints"
+    distopt.checkpoint.check_writable(checkpoints)
     newest = None if config.checkpoint.resume == "never" else distopt.checkpoint.latest(checkpoints)
     if newest is None and config.checkpoint.resume == "must":
         sys.exit(f"rank {rank}: checkpoint.resume=must, but '{checkpoints}' holds no valid checkpoint")
     if newest is not None:
+        options = group_options(optimizer)
         extra = distopt.checkpoint.load(newest, model=model, optimizer=optimizer)
+        keep_options(optimizer, options, newest)
         position, schedule_state, rng = require(extra, newest, "position", "schedule", "rng")
         check_same_data(position["data"], data_identity, newest)
         step, updates = position["step"], schedule_state["updates"]
@@ -137,7 +149,7 @@ def main(arguments: Sequence[str]) -> None:
                 path = checkpoint_path(checkpoints, step)
                 distopt.checkpoint.save(path, model=model, optimizer=optimizer, extra=extra)
                 if rank == 0:
-                    delete_old(checkpoints, config.checkpoint.keep)
+                    distopt.checkpoint.prune(checkpoints, config.checkpoint.keep)
             window_start += time.perf_counter() - pause_start  # the tokens per second are those of training
             metrics.advance()
 
@@ -217,6 +229,7 @@ class Passes:
         for indices in mine:
             losses, _ = self.sequence_losses(corpus, starts[indices % len(starts)])
             total += losses.double()[torch.from_numpy(indices < len(starts))].sum()
+        reshard(self.module)
         (all_ranks,) = sum_over_ranks([total.item()], self.device)
         return all_ranks / self.mesh.tp / len(starts)
 

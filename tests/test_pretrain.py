@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.distributed.pool import pool
 
@@ -524,12 +525,14 @@ def test_position_in_other_data_is_an_error():
         checkpoints.check_same_data({}, {"data": "x"}, Path("step-1"))
 
 
-def test_old_checkpoints_are_deleted_and_nothing_else(tmp_path):
-    for step in (5, 900, 1000, 20):
-        checkpoints.checkpoint_path(tmp_path, step).mkdir()
-    (tmp_path / "step-mine").mkdir()
-    checkpoints.delete_old(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000900", "step-000001000", "step-mine"]
+def test_options_of_this_run_win_over_the_checkpoints_with_a_warning():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9)
+    mine = checkpoints.group_options(optimizer)
+    optimizer.param_groups[0].update(lr=0.05, momentum=0.5)
+    with pytest.warns(UserWarning, match=r"momentum=0\.5 in parameter group 0.*own setting, 0\.9") as caught:
+        checkpoints.keep_options(optimizer, mine, Path("step-1"))
+    assert len(caught) == 1
+    assert checkpoints.group_options(optimizer) == mine
 
 
 # Whole runs
@@ -543,8 +546,13 @@ def read_lines(run: Path) -> list[dict]:
     ]
 
 
-def tensor_files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+def saved_tensors(run: Path) -> dict[str, bytes]:
+    """Every tensor of the run's exported model and of its checkpoints, as bytes."""
+    return {
+        f"{path.relative_to(run)}: {name}": tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        for path in sorted(run.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def torchrun(folder: Path, processes: int, *arguments: str) -> str:
@@ -602,9 +610,9 @@ def test_one_process_learns_and_resumes_bit_for_bit(tmp_path, text_folder, monke
     interrupted_copy(tmp_path / "whole", 3, tmp_path / "resumed")
     pretrain.main([*arguments, "--logging.dir", "resumed", "--checkpoint.resume", "must"])
     assert read_lines(tmp_path / "resumed") == lines
-    assert tensor_files(tmp_path / "resumed") == tensor_files(tmp_path / "whole") != {}
+    assert saved_tensors(tmp_path / "resumed") == saved_tensors(tmp_path / "whole")
+    assert any("momentum" in name or "exp_avg" in name for name in saved_tensors(tmp_path / "whole"))
 
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"train\.batch_size=8, now it is 16"):
         pretrain.main(
             [*arguments, "--logging.dir", "resumed", "--checkpoint.resume", "auto", "--train.batch_size", "16"]
@@ -618,7 +626,8 @@ def test_two_ranks_resume_bit_for_bit_and_take_the_steps_of_one_process(tmp_path
     interrupted_copy(tmp_path / "whole", 3, tmp_path / "resumed")
     torchrun(tmp_path, 2, *arguments, "--logging.dir", "resumed", "--checkpoint.resume", "auto")
     assert read_lines(tmp_path / "resumed") == read_lines(tmp_path / "whole")
-    assert tensor_files(tmp_path / "resumed") == tensor_files(tmp_path / "whole") != {}
+    assert saved_tensors(tmp_path / "resumed") == saved_tensors(tmp_path / "whole")
+    assert any("momentum" in name or "exp_avg" in name for name in saved_tensors(tmp_path / "whole"))
 
     monkeypatch.chdir(tmp_path)
     pretrain.main([*arguments, "--logging.dir", "alone"])

@@ -12,6 +12,7 @@ from _pytest.mark import ParameterSet
 from torch import Tensor, nn
 
 import distopt
+from distopt.rules import RULES
 from tests.cases import MIXED, Case, Oracle, Shape, collect
 
 STEPS = 8
@@ -138,6 +139,11 @@ def test_a_parameter_whose_first_gradient_comes_late_is_trained(name: str) -> No
     # Counters belong to groups, so bias corrections may differ from a parameter's own; the size of the change does not.
     on_time, delayed = change(first_step=0), change(first_step=2)
     assert 0.3 * on_time < delayed < 1.2 * on_time
+
+
+def test_every_rule_has_a_case() -> None:
+    assert list(RULES.values()) == [collect()[name].optimizer for name in RULES]
+    assert set(collect()) == set(RULES)
 
 
 @pytest.mark.parametrize("name", collect())

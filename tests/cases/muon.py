@@ -35,7 +35,7 @@ CASE = Case(
             run=muon,
             variants=("default", "match_rms", "spectral", "quartic", "polar_express", "gram"),
             rel=1e-5,
-            why="rules.md: five float32 iterations amplify rounding of small singular values, 3e-6 measured",
+            why="five float32 iterations amplify rounding of small singular values, 3e-6 measured",
         ),
         Oracle(
             name="torch",

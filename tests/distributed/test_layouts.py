@@ -55,17 +55,16 @@ def product() -> list[Row]:
 
 def cover(rows: list[Row]) -> list[Row]:
     """Few rows with all pairs, greedily."""
-
-    def pairs(row: Row) -> set[object]:
-        case, variant, layout, world_size = row
-        return {(case, layout), (case, variant, world_size), (layout, world_size)}
-
-    missing = {pair for row in rows for pair in pairs(row)}
+    pairs: dict[Row, set[object]] = {
+        (case, variant, layout, size): {(case, layout), (case, variant, size), (layout, size)}
+        for case, variant, layout, size in rows
+    }
+    missing = set().union(*pairs.values())
     chosen = []
     while missing:
-        best = max(rows, key=lambda row: len(missing & pairs(row)))
+        best = max(rows, key=lambda row: len(missing & pairs[row]))
         chosen.append(best)
-        missing -= pairs(best)
+        missing -= pairs[best]
     return chosen
 
 

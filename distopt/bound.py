@@ -47,7 +47,7 @@ class Bound:
                     f"parameters lie on {self.device} and on {local_tensor(param).device}; use one optimizer per device"
                 )
         self.names = parameter_names(groups)
-        _exchange_flat_ranges(self.params, self.device)
+        _exchange_flat_ranges(self.names, self.params, self.device)
         layouts = [layout_of(param, self.rank) for param in self.params]
         replicas = _ranks(engine["process_group"])
         union = set(replicas or ()) | {rank for layout in layouts for rank in layout.ranks} | self._mesh_ranks()
@@ -78,7 +78,10 @@ class Bound:
         if replicas:  # partitioned parameters are reduced over the replicas
             self.domains.create([spec.layout.ranks for plan in self.plans for spec in plan.specs])
         self.steps = [torch.zeros(()) for _ in groups]
-        self.report = PlanReport(self.plans, [f"{i} ({group['rule']})" for i, group in enumerate(groups)], self.rank)
+        checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
+        verdict = (8 * len(self.params) if self.union.size > 1 else 0) + (16 if self.norm.size > 1 and checked else 0)
+        titles = [f"{i} ({group['rule']})" for i, group in enumerate(groups)]
+        self.report = PlanReport(self.plans, titles, self.rank, verdict)
         self.faces = [Faces(bound, self.domains) for bound in self.groups]
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         for bound, faces, step in zip(self.groups, self.faces, self.steps):
@@ -106,7 +109,13 @@ class Bound:
         for group in groups:
             names.append(self.names[start : start + len(group["params"])])
             start += len(group["params"])
-        load_state_dict(groups, names, self.faces, self.steps, saved)
+        saved_groups = [
+            {**group, "param_names": [strip_prefixes(name) for name in group["param_names"]]}
+            if group.get("param_names")
+            else group
+            for group in saved["param_groups"]
+        ]
+        load_state_dict(groups, names, self.faces, self.steps, {**saved, "param_groups": saved_groups})
 
     def export(self) -> dict[str, Any]:
         """Everything but hyperparameters, in the format of a state dict; survives another binding."""
@@ -116,7 +125,7 @@ class Bound:
             raise ValueError(
                 "an optimizer whose states are partitioned over replicas cannot be changed or copied once it ran"
             )
-        if not any(self.steps):
+        if not self.has_stepped:
             return {"state": {}, "names": self.names}
         self.fill_faces()
         state = {i: dict(self.state[param]) for i, param in enumerate(self.params)}
@@ -135,12 +144,17 @@ class Bound:
             state.update({i: by_name[self.names[i]] for i in indices if self.names[i] in by_name})
         self.load(groups, {"state": state, "param_groups": saved_groups})
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether any group has taken a step."""
+        return any(map(bool, self.steps))
+
     def still_holds(self, groups: list[dict[str, Any]]) -> bool:
         """Whether these groups have the parameters that were bound."""
         params = [param for group in groups for param in group["params"]]
         return len(params) == len(self.params) and all(map(lambda a, b: a is b, params, self.params))
 
-    def step(self, rules: list[Rule], engine: dict[str, Any], *, grad_scale: float, found_inf: float) -> Verdict:
+    def step(self, rules: list[Rule], engine: dict[str, Any], *, grad_scale: float, found_inf: float | None) -> Verdict:
         """Verdict, then mutation; see Optimizer.step."""
         present = [param.grad is not None for param in self.params]
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
@@ -159,13 +173,13 @@ class Bound:
             raise ValueError(
                 f"the gradient of {names} is missing on some ranks; pass missing_grad='zero' to count it as zero there"
             )
-        if len(verdict.inert) == len(self.params) and not any(float(step) for step in self.steps):
+        if len(verdict.inert) == len(self.params) and not self.has_stepped:
             raise ValueError(
                 "no parameter of this optimizer has a gradient on its first step; was the model sharded (fully_shard, "
                 "prepare) after the optimizer was built? Build it afterwards, or with distopt.create_optimizer(name, model)"
             )
         if not verdict.finite:
-            if engine["nonfinite"] == "raise" and not found_inf:
+            if engine["nonfinite"] == "raise" and found_inf is None:
                 position = first_nonfinite([w.grad() for g in self.groups for w in g.windows], self.union, self.device)
                 name = f" of {self.names[position]!r}" if position >= 0 else ""
                 raise ValueError(
@@ -256,7 +270,7 @@ class Bound:
             return
         if len({count[0] for count in counts}) > 1:
             raise ValueError(
-                "ranks disagree about the number of parameters and groups: "
+                "ranks disagree about the number of parameters and groups together: "
                 + ", ".join(f"rank {rank} has {count[0]}" for rank, count in zip(self.union.ranks, counts))
             )
         table = self.union.all_gather_ints(digests, self.device)
@@ -297,24 +311,32 @@ def strip_prefixes(name: str) -> str:
     return ".".join(part for part in parts if part not in PREFIXES - {"module"})
 
 
-def _exchange_flat_ranges(params: list[Tensor], device: torch.device) -> None:
-    """Let all ranks of each group know each other's flat ranges: one small gather per group."""
+def _exchange_flat_ranges(names: list[str], params: list[Tensor], device: torch.device) -> None:
+    """Let all ranks of each group know each other's flat ranges: one small gather per group.
+
+    Raises:
+        ValueError: ranks declare different tensors, or in another order.
+    """
     by_group: dict[Any, list[Any]] = defaultdict(list)
-    for param in params:
+    for name, param in zip(names, params):
         spec = getattr(param, "_distopt_flat", None)
         if spec is not None and spec.ranges is None:
-            by_group[spec.group].append((spec, param.numel()))
+            by_group[spec.group].append((spec, param.numel(), f"{name}|{spec.shape}"))
     for group, members in by_group.items():
-        mine = [number for spec, numel in members for number in (spec.start, spec.start + numel)]
+        mine = [number for spec, numel, _ in members for number in (spec.start, spec.start + numel)]
+        described = _digest("\n".join(word for _, _, word in members))
         table = [mine]
         if dist.is_initialized():
             ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
             if len(ranks) > 1:
                 domain = Domain(ranks, ranks.index(dist.get_rank()), group or dist.group.WORLD)
-                if len({row[0] for row in domain.all_gather_ints([len(mine)], device)}) > 1:
-                    raise ValueError("ranks disagree about the number of flat shards")
+                if len({tuple(row) for row in domain.all_gather_ints([len(mine), described], device)}) > 1:
+                    raise ValueError(
+                        "ranks disagree about the number, names, order or shapes of flat shards; every rank of the group "
+                        "must declare every tensor, in the same order"
+                    )
                 table = domain.all_gather_ints(mine, device)
-        for i, (spec, _) in enumerate(members):
+        for i, (spec, _, _) in enumerate(members):
             spec.ranges = tuple((row[2 * i], row[2 * i + 1]) for row in table)
 
 

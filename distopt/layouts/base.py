@@ -7,6 +7,17 @@ from dataclasses import dataclass
 from distopt.layouts.region import Rect, flat_rects
 
 
+class Ranks(tuple[int, ...]):
+    """A tuple of ranks that hashes once: a thousand ranks are hashed for every parameter and every look-up otherwise."""
+
+    _hash: int | None = None
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = super().__hash__()
+        return self._hash
+
+
 @dataclass(frozen=True)
 class Layout:
     """The map rank → regions of one parameter.
@@ -18,6 +29,10 @@ class Layout:
 
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ranks, Ranks):
+            object.__setattr__(self, "ranks", Ranks(self.ranks))
 
     def rects(self, index: int, row_dims: int) -> list[Rect]:
         """The rectangles that `ranks[index]` holds, in the matrix view with `row_dims` row dims."""

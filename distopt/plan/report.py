@@ -18,12 +18,12 @@ class PlanReport:
     """The plans of all groups of an optimizer, for one rank.
 
     Bytes are what this rank hands to collectives and gets from them in one ordinary step, as `optimizer.traffic()`
-    counts them: the exchange there and back, sums, and the gathering of partitioned parameters; the verdict's few
-    numbers are not in it.
+    counts them: the exchange there and back, sums, the gathering of partitioned parameters, and the verdict
+    (`verdict_bytes`, either way).
     """
 
-    def __init__(self, groups: list[GroupPlan], names: list[str], rank: int) -> None:
-        self.groups, self.names, self.rank = groups, names, rank
+    def __init__(self, groups: list[GroupPlan], names: list[str], rank: int, verdict_bytes: int = 0) -> None:
+        self.groups, self.names, self.rank, self.verdict_bytes = groups, names, rank, verdict_bytes
 
     def summary(self) -> dict[str, Any]:
         """Totals and one record per group.
@@ -44,6 +44,8 @@ class PlanReport:
                 "elements", "matrices", "flops",
             )
         }  # fmt: skip
+        out["bytes_sent_per_step"] += self.verdict_bytes
+        out["bytes_received_per_step"] += self.verdict_bytes
         loads: dict[tuple[int, ...], np.ndarray] = defaultdict(lambda: np.zeros(1))
         for plan in self.groups:
             for ranks, load in plan.loads.items():

@@ -1,6 +1,6 @@
 """How fast is an AdamW step beside torch's fused one?
 
-    python -m benchmarks.adamw_step
+    python -m benchmarks.adamw_step [--device cuda]
 
 One process, fp32. GPT-2 124M shapes: without a check, with the verdict on non-finite gradients, and clipping, beside
 torch.optim.AdamW(fused=True) alone and with torch.nn.utils.clip_grad_norm_. Then 1,000 tensors of 64 elements with the
@@ -9,6 +9,7 @@ verdict on. Each row is the median of ratios of interleaved steps.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -20,9 +21,9 @@ from benchmarks.report import write_result
 from benchmarks.shapes import gpt2_124m
 
 
-def tensors(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
+def tensors(shapes: list[tuple[int, ...]], device: str) -> list[torch.nn.Parameter]:
     """Parameters of these shapes with gradients."""
-    params = [torch.nn.Parameter(torch.randn(shape) * 0.02) for shape in shapes]
+    params = [torch.nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
     for param in params:
         param.grad = torch.randn_like(param) * 1e-3
     return params
@@ -36,6 +37,8 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], rounds: in
         for step in (ours, theirs):
             start = time.perf_counter()
             step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             pair.append((time.perf_counter() - start) * 1e3)
         times.append((pair[0], pair[1]))
     times = times[2:]
@@ -48,6 +51,9 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], rounds: in
 
 def main() -> None:
     """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    device = parser.parse_args().device
     rows: list[list[object]] = []
     shapes = list(gpt2_124m().values())
     small = [(64,)] * 1000
@@ -64,7 +70,7 @@ def main() -> None:
         ),
         ("1,000 tensors of 64, verdict on", small, {}, False, "≤ 0.40", 60),
     ):
-        params, others = tensors(sizes), tensors(sizes)
+        params, others = tensors(sizes, device), tensors(sizes, device)
         ours = distopt.AdamW(params, lr=1e-3, **options)
         theirs = torch.optim.AdamW(others, lr=1e-3, fused=True)
 
@@ -79,7 +85,8 @@ def main() -> None:
         rows.append([name, f"{mine:.2f}", f"{torchs:.2f}", f"{ratio:.3f}", reach])
         print(*rows[-1], sep=" | ")
     columns = ["AdamW, fp32, one process", "distopt ms", "torch fused ms", "ratio (median)", "to reach"]
-    write_result("adamw_step", {"columns": columns, "rows": rows, "note": "Steps interleaved in one run."})
+    name = "adamw_step" if device == "cpu" else "adamw_step_gpu"
+    write_result(name, {"columns": columns, "rows": rows, "note": "Steps interleaved in one run."})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from distopt.plan.build import BUCKET_BYTES, Group, GroupPlan, Spec, plan_group
 from distopt.plan.report import PlanReport
 from distopt.rule import Rule
 from distopt.rules import group_rule
+from distopt.state.counters import Counters
 from distopt.state.faces import Faces
 from distopt.state.loading import load_state_dict
 from distopt.state.windows import Window, make_window
@@ -77,16 +78,17 @@ class Bound:
             start = stop
         if replicas:  # partitioned parameters are reduced over the replicas
             self.domains.create([spec.layout.ranks for plan in self.plans for spec in plan.specs])
-        self.steps = [torch.zeros(()) for _ in groups]
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
         verdict = (8 * len(self.params) if self.union.size > 1 else 0) + (16 if self.norm.size > 1 and checked else 0)
         titles = [f"{i} ({group['rule']})" for i, group in enumerate(groups)]
         self.report = PlanReport(self.plans, titles, self.rank, verdict)
         self.faces = [Faces(bound, self.domains) for bound in self.groups]
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
-        for bound, faces, step in zip(self.groups, self.faces, self.steps):
+        self.counters: list[Counters] = []
+        for bound, faces in zip(self.groups, self.faces):
             for number, window in enumerate(bound.windows):
-                self.state[window.param] = {"step": step, **faces.here(number)}
+                self.state[window.param] = {"step": None, **faces.here(number), **faces.placeholders(number)}
+            self.counters.append(Counters([self.state[window.param] for window in bound.windows]))
 
     def fill_faces(self) -> None:
         """Put snapshots of the states that live with owners into `state`; collective where there are any.
@@ -101,7 +103,16 @@ class Bound:
                     "distopt.checkpoint.save(path, model=…, optimizer=…) on every rank"
                 )
             for number, found in faces.fill().items():
-                self.state[group.windows[number].param].update(found)
+                param = group.windows[number].param
+                self.state[param] = {**self.state[param], **found}
+
+    def empty_faces(self) -> None:
+        """Let go of the snapshots that `fill_faces` took: they are the state dict's, which keeps them."""
+        for group, faces in zip(self.groups, self.faces):
+            for number, window in enumerate(group.windows):
+                placeholders = faces.placeholders(number)
+                if placeholders:
+                    self.state[window.param] = {**self.state[window.param], **placeholders}
 
     def load(self, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
         """See Optimizer.load_state_dict."""
@@ -115,20 +126,20 @@ class Bound:
             else group
             for group in saved["param_groups"]
         ]
-        load_state_dict(groups, names, self.faces, self.steps, {**saved, "param_groups": saved_groups})
+        load_state_dict(groups, names, self.faces, self.counters, {**saved, "param_groups": saved_groups})
 
     def export(self) -> dict[str, Any]:
         """Everything but hyperparameters, in the format of a state dict; survives another binding."""
-        if any(isinstance(w.spec.layout, Partition) for group in self.groups for w in group.windows) and any(
-            self.steps
-        ):
+        parted = any(isinstance(w.spec.layout, Partition) for group in self.groups for w in group.windows)
+        if parted and self.has_stepped:
             raise ValueError(
                 "an optimizer whose states are partitioned over replicas cannot be changed or copied once it ran"
             )
         if not self.has_stepped:
             return {"state": {}, "names": self.names}
         self.fill_faces()
-        state = {i: dict(self.state[param]) for i, param in enumerate(self.params)}
+        state = {i: self.state[param] for i, param in enumerate(self.params)}
+        self.empty_faces()
         return {"state": state, "names": self.names}
 
     def restore(self, groups: list[dict[str, Any]], exported: dict[str, Any]) -> None:
@@ -147,7 +158,7 @@ class Bound:
     @property
     def has_stepped(self) -> bool:
         """Whether any group has taken a step."""
-        return any(map(bool, self.steps))
+        return any(any(counters.ages) for counters in self.counters)
 
     def still_holds(self, groups: list[dict[str, Any]]) -> bool:
         """Whether these groups have the parameters that were bound."""
@@ -191,14 +202,18 @@ class Bound:
         if engine["max_grad_norm"] is not None and norm is not None:
             scale *= min(1.0, engine["max_grad_norm"] / (norm + 1e-6))
         start = 0
-        for group, rule, step in zip(self.groups, rules, self.steps):
+        for group, rule, counters in zip(self.groups, rules, self.counters):
             inert = {i for i in range(len(group.windows)) if start + i in verdict.inert}
             start += len(group.windows)
             if len(inert) == len(group.windows):
                 continue
-            sign = -1.0 if engine["maximize"] else 1.0
-            group.step(rule, int(step) + 1, scale * sign, inert, self.union)
-            step += 1
+            sign = factor = -1.0 if engine["maximize"] else 1.0
+            factor *= scale
+            for age, members in counters.cohorts(inert):
+                others = set(range(len(group.windows))) - members
+                group.step(rule, age + 1, factor, others, self.union)
+                factor = sign  # gradients are left scaled
+            counters.advance(inert)
             self._gather(group.windows)
         return Verdict(norm, True, verdict.inert, verdict.partial)
 

@@ -66,9 +66,9 @@ def save(path: str | Path, *, model: nn.Module, optimizer: Any, extra: dict[str,
             {
                 "options": {k: v for k, v in group.items() if k not in ("params", "param_names")},
                 "names": [names[id(param)] for param in group["params"]],
-                "step": int(step),
+                "steps": counters.ages,
             }
-            for group, step in zip(optimizer.param_groups, bound.steps)
+            for group, counters in zip(optimizer.param_groups, bound.counters)
         ],
         "aliases": _aliases(model),
         "extra": extra or {},
@@ -113,10 +113,11 @@ def load(path: str | Path, *, model: nn.Module, optimizer: Any) -> dict[str, Any
     with torch.no_grad():
         for part, value in zip(parts, values):
             part.tensor.copy_(value.view(part.tensor.shape))
-        for group, saved, step in zip(optimizer.param_groups, groups, bound.steps):
+        for group, saved, counters in zip(optimizer.param_groups, groups, bound.counters):
             options = saved["options"]
             group.update({key: _restored(value) for key, value in options.items()})
-            step.fill_(saved["step"])
+            ages = dict(zip(saved["names"], saved["steps"]))
+            counters.assign([ages[names[id(param)]] for param in group["params"]])
     extra: dict[str, Any] = reader.document["extra"]
     reader.close()
     return extra
@@ -262,7 +263,7 @@ def _primary(tensor: Tensor) -> bool:
     """Whether this rank's copy of a replicated DTensor is the one to save."""
     if not isinstance(tensor, DTensor):
         return True
-    coordinate: list[int] = tensor.device_mesh.get_coordinate() or []
+    coordinate = tensor.device_mesh.get_coordinate() or ()
     return all(c == 0 for c, p in zip(coordinate, tensor.placements) if isinstance(p, Replicate))
 
 

@@ -239,7 +239,9 @@ class BoundGroup:
                 work.wait()
             return partial
 
-        runs = (bucket.run(rule, step, weights, grads, inert) for bucket in self.buckets)
+        # Buckets without a parameter that steps are left out; the same ones on every rank.
+        active = [b for b in self.buckets if not all(entry.param in inert for entry in b.bucket.entries)]
+        runs = (bucket.run(rule, step, weights, grads, inert) for bucket in active)
         run_pipelined(runs, IN_FLIGHT, total, self._barriers(rule, step))
         for window in self.windows:
             window.finish()

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distopt.bound import Bound, strip_prefixes
 from distopt.plan.geometry import logical_of
@@ -44,7 +45,8 @@ class Optimizer(torch.optim.Optimizer):
             is nowhere leaves its parameter untouched.
         process_group: replicas (DDP) to partition states and work over; updated parameters are gathered.
         norm_group: the ranks that the norm and the verdict are taken over, where that is more than the ranks that hold
-            these parameters (pipeline stages).
+            these parameters: one rank (or one set of shards) per pipeline stage. Replicas of plain parameters (DDP)
+            among them would be counted each; give process_group= as well, or a group without them.
         maximize: ascend.
 
     The layout of parameters is read, and states are made, on the first of step, state, state_dict, load_state_dict and
@@ -55,11 +57,7 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Iterable[Any], rule: str, options: dict[str, Any]) -> None:
-        unknown = set(options) - {f.name for f in fields(rule_class(rule))} - set(ENGINE_OPTIONS) - set(TORCH_OPTIONS)
-        known = [f.name for f in fields(rule_class(rule))] + list(ENGINE_OPTIONS)
-        for name in sorted(unknown):
-            near = get_close_matches(name, known, n=1)
-            raise TypeError(f"{rule} has no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        _check_options(rule, options)
         for name in TORCH_OPTIONS:
             if options.get(name):
                 warnings.warn(f"{name}={options[name]!r} has no meaning here and is ignored", stacklevel=3)
@@ -167,7 +165,7 @@ class Optimizer(torch.optim.Optimizer):
             rules,
             self.engine,
             grad_scale=1.0 if scale is None else float(scale),
-            found_inf=0.0 if found is None else float(found),
+            found_inf=None if found is None else float(found),
         )
         self.last_grad_norm = outcome.norm
         if not outcome.finite:
@@ -177,14 +175,19 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's. Collective where states live with owners of sharded parameters (SOAP under FSDP2).
+        """As torch.optim's. Collective where states live with owners of sharded parameters (SOAP under FSDP2), or where
+        some rank's shard is too small to know a statistic (Adafactor under FSDP2).
 
         Raises:
             ValueError: states are partitioned over replicas (`process_group`), so that no single rank can have them;
                 names the native checkpoint.
         """
-        self._bind().fill_faces()
-        return super().state_dict()
+        bound = self._bind()
+        bound.fill_faces()
+        try:
+            return super().state_dict()
+        finally:
+            bound.empty_faces()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of torch.optim's class of the same rule. Values keep fp32; parameters are
@@ -207,11 +210,12 @@ class Optimizer(torch.optim.Optimizer):
     def _bind(self) -> Bound:
         """Read layouts and make states, once; again when somebody replaced parameters."""
         groups = self.param_groups
+        if self._bound is None or not self._bound.has_stepped:
+            self._refresh_parameters()
         if self._bound is not None and not self._bound.still_holds(groups):
             self._pending = self._bound.export()
             self._bound = None
         if self._bound is None:
-            self._refresh_parameters()
             bound = Bound(groups, self.engine)
             if self._pending is not None:
                 bound.restore(groups, self._pending)
@@ -239,6 +243,13 @@ def _defaults(rule: str) -> dict[str, Any]:
     return {f.name: f.default for f in fields(rule_class(rule)) if f.default is not MISSING}
 
 
+def _check_options(rule: str, options: Iterable[str]) -> None:
+    known = [f.name for f in fields(rule_class(rule))] + list(ENGINE_OPTIONS)
+    for name in sorted(set(options) - set(known) - set(TORCH_OPTIONS)):
+        near = get_close_matches(name, known, n=1)
+        raise TypeError(f"{rule} has no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+
+
 def _check_group(group: dict[str, Any], position: int) -> None:
     rule = group_rule(group)
     names = group.get("param_names") or [f"group {position} parameter {i}" for i in range(len(group["params"]))]
@@ -253,6 +264,9 @@ def _check_group(group: dict[str, Any], position: int) -> None:
         require(
             not param.is_meta, f"{name!r} is on the meta device; materialize the model (to_empty) before the optimizer"
         )
+        if isinstance(param, DTensor):
+            unserved = [placement for placement in param.placements if placement.is_partial()]
+            require(not unserved, f"{name!r} has placement {unserved}; redistribute it to Shard or Replicate first")
         spec = getattr(param, "_distopt_flat", None)
         shape = tuple(spec.shape if spec is not None else param.shape)
         reason = rule.refuse(logical_of(shape, flatten=rule.reach == "matrix").shape)
@@ -275,6 +289,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
     signature = Signature(parameters + keyword_only)
 
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        _check_options(name, set(kwargs) - {"params"})
         bound = signature.bind(self, *args, **kwargs)
         options = dict(bound.arguments)
         del options["self"]

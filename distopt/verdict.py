@@ -60,7 +60,7 @@ def reach_verdict(
     norm: Domain,
     device: torch.device,
     *,
-    found_inf: float = 0.0,
+    found_inf: float | None = None,
 ) -> Verdict:
     """Reduce what this rank sees.
 
@@ -70,9 +70,9 @@ def reach_verdict(
         holds: per parameter, whether this rank holds any of its elements; one that holds none abstains.
         union: the ranks that hold these parameters.
         norm: the ranks that the norm is taken over: the union, or more (pipeline stages).
-        found_inf: what a gradient scaler found here.
+        found_inf: what a gradient scaler found here; None: there is no scaler, on any rank.
     """
-    squares = found_inf * math.inf if found_inf else 0.0
+    squares = math.inf if found_inf else 0.0
     if flats is not None and not found_inf:
         squares = math.fsum(square_sum(flat) * share for flat, share in flats) if flats else 0.0
     count = len(present)
@@ -86,7 +86,7 @@ def reach_verdict(
         there, lacking = votes[:count].tolist(), votes[count:].tolist()
         inert = frozenset(i for i in range(count) if not there[i])
         partial = frozenset(i for i in range(count) if there[i] and lacking[i])
-    if flats is None and not found_inf:
+    if flats is None and found_inf is None:
         return Verdict(None, True, inert, partial)
     if norm.size > 1:
         finite = math.isfinite(squares)
@@ -95,7 +95,8 @@ def reach_verdict(
         squares, bad = both.tolist()
         if bad:
             squares = math.inf
-    return Verdict(math.sqrt(squares) if math.isfinite(squares) else math.inf, math.isfinite(squares), inert, partial)
+    total = math.sqrt(squares) if math.isfinite(squares) else math.inf
+    return Verdict(None if flats is None else total, math.isfinite(squares), inert, partial)
 
 
 def first_nonfinite(grads: Sequence[Tensor | None], union: Domain, device: torch.device) -> int:

@@ -74,9 +74,9 @@ class Domain:
         if self.group is None:
             return [values]
         mine = torch.tensor(values, dtype=torch.int64, device=device)
-        out = torch.empty(self.size * len(values), dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(out, mine, group=self.group)
-        return out.view(self.size, len(values)).tolist()
+        out = [torch.empty_like(mine) for _ in self.ranks]
+        dist.all_gather(out, mine, group=self.group)
+        return [row.tolist() for row in out]
 
 
 class Domains:

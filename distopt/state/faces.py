@@ -9,6 +9,7 @@ is taken and read back by the reverse one. On plain parameters states are plain 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -38,7 +39,9 @@ class Faces:
         return logical_of(self.windows[number].spec.layout.shape, flatten=self.rule.reach == "matrix")
 
     def declared(self, number: int) -> dict[str, State]:
-        """The states of parameter `number`."""
+        """The states of parameter `number`; none where it has no elements."""
+        if 0 in self.windows[number].spec.layout.shape:
+            return {}
         return self.rule.states(self.logical(number).shape)
 
     def travels(self, number: int, state: State) -> bool:
@@ -85,8 +88,22 @@ class Faces:
         ]
         return _dtensor(window.state[name].view(local), param, placements, face)
 
+    def placeholders(self, number: int) -> dict[str, Tensor]:
+        """Faces without values of the states that live with owners: torch asks which states there are, and whoever reads
+        one outside of a state dict gets an error and not something stale."""
+        found = {}
+        for name, state in self.declared(number).items():
+            if self.travels(number, state):
+                layout = self.face_geometry(number, name).layout
+                assert isinstance(layout, Sharded)
+                local = layout.local_shape(self.windows[number].spec.index)
+                found[name] = self._as_face(number, name, torch.empty(local, device="meta"))
+        return found
+
     def fill(self) -> dict[int, dict[str, Tensor]]:
-        """Collective: faces of the states that live with owners, by parameter number; a snapshot."""
+        """Collective: faces of the states that live with owners, by parameter number; a snapshot. Statistics that a rank
+        with an empty shard has no part in computing are completed on it."""
+        self._complete_statistics()
         found: dict[int, dict[str, Tensor]] = {}
         for exchange, locals_, owned in self._travelling():
             faces = [torch.zeros((1, rows, cols), device=self.group.device) for _, _, rows, cols in locals_]
@@ -96,6 +113,44 @@ class Faces:
             for (number, name, _, _), face in zip(locals_, faces):
                 found.setdefault(number, {})[name] = self._as_face(number, name, face)
         return found
+
+    def _complete_statistics(self) -> None:
+        """A row or column statistic of a DTensor is `Replicate` along the axes that it was reduced over, but a rank whose
+        shard is empty never computed it. torch's checkpoint lets any replica speak for all, so give it the values: one
+        sum per domain, in which every element comes from the first rank that has it (first chunks are never empty)."""
+        wanting: dict[tuple[int, ...], list[tuple[Window, str, tuple[int, ...]]]] = {}
+        for number, window in enumerate(self.windows):
+            layout = window.spec.layout
+            # Chunks only shrink, so the last shard is empty if any is.
+            if not isinstance(layout, Sharded) or 0 not in layout.local_shape(len(layout.ranks) - 1):
+                continue
+            for name, state in self.declared(number).items():
+                if state.kind in ("row", "col", "matrix"):
+                    face = self.face_shape(number, state)
+                    wanting.setdefault(tuple(sorted(layout.ranks)), []).append((window, name, face))
+        for ranks, members in sorted(wanting.items()):
+            sums = torch.zeros(sum(prod(face) for _, _, face in members), device=self.group.device)
+            views = []
+            for (window, name, face), flat in zip(members, sums.split([prod(face) for _, _, face in members])):
+                layout, index = window.spec.layout, window.spec.index
+                assert isinstance(layout, Sharded)
+                boxes = [self._face_box(layout, i, face) for i in range(len(layout.ranks))]
+                view = flat.view(face)[tuple(slice(a, b) for a, b in boxes[index])]
+                views.append(view)
+                if boxes.index(boxes[index]) == index:
+                    view.copy_(window.state[name].view(view.shape))
+            work = self.domains[ranks].all_reduce(sums)
+            assert work is not None
+            work.wait()
+            for (window, name, _), view in zip(members, views):
+                window.state[name].copy_(view.reshape(-1))
+
+    def _face_box(self, layout: Sharded, index: int, face: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """Where a rank's part of a statistic lies in the whole of it."""
+        return tuple(
+            (0, 1) if size != full else interval
+            for interval, size, full in zip(layout.box(index), face, layout.shape)
+        )
 
     def read(self, values: dict[int, dict[str, Tensor]]) -> None:
         """Collective: hand local faces (any shape) back to the owners."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distopt.layouts import Sharded, local_tensor
+from distopt.state.counters import Counters
 from distopt.state.faces import Faces
 from distopt.state.windows import Window
 
@@ -20,7 +21,7 @@ Write = Callable[[], None]
 
 
 def load_state_dict(
-    groups: list[dict[str, Any]], names: list[list[str]], faces: list[Faces], steps: list[Tensor], saved: dict[str, Any]
+    groups: list[dict[str, Any]], names: list[list[str]], faces: list[Faces], counters: list[Counters], saved: dict[str, Any]
 ) -> None:
     """Load `saved` into bound groups. Collective where states travel to owners.
 
@@ -28,7 +29,7 @@ def load_state_dict(
         groups: the optimizer's param_groups; hyperparameters are taken over from `saved`.
         names: names of the parameters of each group.
         faces: the faces of each group.
-        steps: the step counter of each group.
+        counters: the step counters of each group.
         saved: {"state": {index: {name: value}}, "param_groups": [...]}.
 
     Raises:
@@ -39,47 +40,42 @@ def load_state_dict(
         raise ValueError(f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(groups)}")
     writes: list[Write] = []
     travelling: list[dict[int, dict[str, Tensor]]] = []
-    counted: list[float | None] = []
+    counted: list[list[int]] = []
     for number, (group, saved_group) in enumerate(zip(groups, saved_groups)):
-        order = match_parameters(number, names[number], saved_group)
+        order = match_parameters(number, names[number], saved_group, named=group.get("param_names") is not None)
         if saved_group.get("rule", group["rule"]) != group["rule"]:
             raise ValueError(f"group {number} was saved by rule {saved_group['rule']!r}, here it is {group['rule']!r}")
         values: dict[int, dict[str, Tensor]] = {}
-        count: set[float] = set()
+        ages = list(counters[number].ages)
         for position, index in enumerate(order):
             entry = saved["state"].get(index)
             if not entry:
                 continue
-            if "step" in entry:
-                count.add(float(entry["step"]))
+            # torch's SGD and Muon keep no counter: that there is a state says that there was a step.
+            ages[position] = int(entry.get("step", 1))
             found = {name: value for name, value in entry.items() if name != "step"}
             writes += _check_parameter(faces[number], position, names[number][position], found, values)
-        if len(count) > 1:
-            raise ValueError(
-                f"group {number}: parameters have taken different numbers of steps ({sorted(count)[:4]}); one counter per "
-                "group is kept here, so put them into groups of equal counts"
-            )
-        counted.append(count.pop() if count else None)
+        counted.append(ages)
         travelling.append(values)
     for write in writes:
         write()
     for group_faces, values in zip(faces, travelling):
         if values:
             group_faces.read(values)
-    for group, saved_group, step, taken in zip(groups, saved_groups, steps, counted):
-        if taken is not None:
-            step.fill_(taken)
+    for group, saved_group, counter, ages in zip(groups, saved_groups, counters, counted):
+        counter.assign(ages)
         group.update(
             {k: v for k, v in saved_group.items() if k in group and k not in ("params", "param_names", "rule")}
         )
         group.update({k: v for k, v in saved_group.items() if k == "initial_lr"})
 
 
-def match_parameters(number: int, here: list[str], saved_group: dict[str, Any]) -> list[Any]:
-    """The saved index of each parameter of a group: by name where both sides have names, by position otherwise."""
+def match_parameters(number: int, here: list[str], saved_group: dict[str, Any], *, named: bool) -> list[Any]:
+    """The saved index of each parameter of a group: by name where both sides have names (`named`: this one does), by
+    position otherwise."""
     indices = saved_group["params"]
     there = saved_group.get("param_names")
-    if there is None or here[0].split(".")[0].isdigit():
+    if there is None or not named:
         if len(indices) != len(here):
             raise ValueError(f"group {number} has {len(here)} parameters, the state dict has {len(indices)}")
         return list(indices)
@@ -99,6 +95,8 @@ def _check_parameter(
 ) -> list[Write]:
     """Writes for one parameter, after its values have been found to fit; what travels is put into `values`."""
     declared = faces.declared(position)
+    if 0 in faces.windows[position].spec.layout.shape:
+        return []
     if set(found) - set(declared) or set(declared) - set(found):
         raise ValueError(
             f"{name!r}: the state dict has states {sorted(found)}, {type(faces.rule).__name__} keeps {sorted(declared)}"

@@ -12,7 +12,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
+import distopt.checkpoint
 from tests.distributed.pool import pool
 
 ROOT = Path(__file__).parents[1]
@@ -437,12 +439,17 @@ def test_validation_counts_each_sequence_once_whatever_the_batch(batch_size):
     assert one.evaluate(corpus) == pytest.approx(expected.item(), rel=1e-6)
 
 
-def layout_gradients(arguments: list[str], world_size: int) -> tuple[float, torch.Tensor, float, str]:
-    """Runs on every rank of a pool: training loss, whole gradient, validation loss and layout."""
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def layout_run(arguments: list[str], world_size: int, folder: Path) -> tuple[float, torch.Tensor, float, torch.Tensor]:
+    """Runs on every rank of a pool: training loss, gradient and validation loss; the weights after two steps, saved."""
     config = load(*TINY, *arguments)
     shape = model_building.model_config(config.model, config.data.seq_len)
     mesh = model_building.resolve_mesh(config.mesh, shape, world_size)
-    rank, device = torch.distributed.get_rank(), torch.device("cpu")
+    rank = torch.distributed.get_rank() if world_size > 1 else 0
+    device, corpus = torch.device("cpu"), random_corpus()
     torch.manual_seed(0)
     raw = model_building.build_model(config.model, shape)
     wrapped = model_building.parallelize(
@@ -452,17 +459,25 @@ def layout_gradients(arguments: list[str], world_size: int) -> tuple[float, torc
         bf16=config.train.precision == "bf16",
         activation_checkpointing=config.train.activation_checkpointing,
     )
+    optimizer = pretrain.build_optimizer(config.optimizer, raw, mesh)
     one = pretrain.Passes(wrapped, config, mesh, mesh.data_rank(rank), device, shape.vocab_size)
-    loss = one.accumulate_gradients(random_corpus(), 5, config.train.micro_batch_size)
+    loss = one.accumulate_gradients(corpus, 5, config.train.micro_batch_size or 8)
     (mean,) = pretrain.sum_over_ranks([loss.item() / world_size], device)
-    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in raw.parameters()]
-    return mean, torch.cat([grad.flatten() for grad in grads]), one.evaluate(random_corpus()), mesh.layout
+    gradient = torch.cat([whole(p.grad).flatten() for p in raw.parameters()])
+    for step in (6, 7):
+        assert pretrain.take_step(optimizer, config.optimizer) == 1
+        one.accumulate_gradients(corpus, step, config.train.micro_batch_size or 8)
+    optimizer.zero_grad()
+    val_loss = one.evaluate(corpus)
+    distopt.checkpoint.save(folder / mesh.layout, model=raw, optimizer=optimizer, extra={"layout": mesh.layout})
+    return mean, gradient, val_loss, torch.cat([whole(p.detach()).flatten() for p in raw.parameters()])
 
 
 @pytest.mark.parametrize(
     ("arguments", "layout"),
     [
         (["--mesh.replicate", "4"], "DDP"),
+        (["--mesh.replicate", "4", "--mesh.partition_states", "true"], "DDP"),
         ([], "FSDP2"),
         (["--train.activation_checkpointing", "true", "--model.tie_word_embeddings", "true"], "FSDP2"),
         (["--mesh.replicate", "2"], "HSDP"),
@@ -471,19 +486,22 @@ def layout_gradients(arguments: list[str], world_size: int) -> tuple[float, torc
         (["--mesh.tp", "2", "--mesh.replicate", "2"], "HSDP x TP"),
     ],
 )
-def test_every_layout_accumulates_the_gradient_of_one_process(arguments, layout):
-    model_arguments = [
-        a for pair in zip(arguments[::2], arguments[1::2]) if pair[0].startswith("--model") for a in pair
-    ]
-    reference = passes(*model_arguments)
-    loss, expected = gradients(reference)
-    val_loss = reference.evaluate(random_corpus())
-    results = pool(4).run("tests.test_pretrain:layout_gradients", [*arguments, "--train.micro_batch_size", "1"], 4)
-    for rank_loss, got, rank_val_loss, rank_layout in results:
-        assert rank_layout == layout
+def test_every_layout_trains_as_one_process_and_its_checkpoint_loads_there(tmp_path, arguments, layout):
+    pairs = list(zip(arguments[::2], arguments[1::2]))
+    alone = [argument for pair in pairs if pair[0].startswith("--model") for argument in pair]
+    loss, gradient, val_loss, weights = layout_run(alone, 1, tmp_path)
+    results = pool(4).run("tests.test_pretrain:layout_run", [*arguments, "--train.micro_batch_size", "1"], 4, tmp_path)
+    for rank_loss, rank_gradient, rank_val_loss, rank_weights in results:
         assert rank_loss == pytest.approx(loss, rel=1e-5)
-        assert rank_val_loss == pytest.approx(val_loss, rel=1e-5)
-        assert relative_error(got, expected) < 1e-5  # fp32 sums in another order
+        assert relative_error(rank_gradient, gradient) < 1e-5  # fp32 sums in another order,
+        assert relative_error(rank_weights, weights) < 1e-4  # which Newton-Schulz and Adam's first steps amplify
+        assert rank_val_loss == pytest.approx(val_loss, rel=1e-4)
+
+    config = load(*TINY, *alone)
+    model = model_building.build_model(config.model, model_building.model_config(config.model, config.data.seq_len))
+    optimizer = pretrain.build_optimizer(config.optimizer, model, resolve(1))
+    assert distopt.checkpoint.load(tmp_path / layout, model=model, optimizer=optimizer) == {"layout": layout}
+    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), results[0][-1])
 
 
 # Checkpoints

@@ -19,6 +19,7 @@ RULES = {
     "adagrad": "Adagrad",
     "rmsprop": "RMSprop",
     "adadelta": "Adadelta",
+    "signum": "Signum",
     "adafactor": "Adafactor",
     "muon": "Muon",
     "normuon": "NorMuon",

@@ -20,6 +20,7 @@ RULES = {
     "rmsprop": "RMSprop",
     "adadelta": "Adadelta",
     "signum": "Signum",
+    "lamb": "LAMB",
     "adafactor": "Adafactor",
     "muon": "Muon",
     "normuon": "NorMuon",

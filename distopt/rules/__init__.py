@@ -20,6 +20,7 @@ RULES = {
     "rmsprop": "RMSprop",
     "adadelta": "Adadelta",
     "signum": "Signum",
+    "lars": "LARS",
     "lamb": "LAMB",
     "adafactor": "Adafactor",
     "muon": "Muon",

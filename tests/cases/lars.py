@@ -1,0 +1,26 @@
+"""LARS against the naive reference, and without weight decay against pytorch_optimizer's."""
+
+import torch
+from pytorch_optimizer import LARS
+
+from tests.cases import Case, Oracle, public
+from tests.references.lamb import lars
+
+theirs = public(LARS, lambda options: {"lr": 1.0, "momentum": 0.0, **options})
+CASE = Case(
+    optimizer="LARS",
+    ndims=frozenset({0, 1, 2, 3}),
+    variants={
+        "momentum": {"lr": 0.1, "momentum": 0.9, "trust_coeff": 0.5},
+        "default": {"lr": 20.0, "momentum": 0.5},
+        "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "trust_coeff": 0.01},
+        "dampening": {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "trust_coeff": 0.01},
+    },
+    oracles=(
+        Oracle(name="reference", run=lars, rel=2e-6, why="float32 rounding of the weights, 1.3e-6 measured"),
+        Oracle(name="package", run=theirs, dtype=torch.float32, variants=["default"], rel=2e-6, why="order of sums"),
+    ),
+    sharded=1e-6,
+    sharded_stacks=1e-6,
+    sharded_why="sums over ranks come in another order",
+)

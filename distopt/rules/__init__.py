@@ -22,6 +22,7 @@ RULES = {
     "signum": "Signum",
     "lars": "LARS",
     "lamb": "LAMB",
+    "sm3": "SM3",
     "adafactor": "Adafactor",
     "muon": "Muon",
     "normuon": "NorMuon",

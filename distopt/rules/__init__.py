@@ -23,6 +23,7 @@ RULES = {
     "lars": "LARS",
     "lamb": "LAMB",
     "sm3": "SM3",
+    "came": "CAME",
     "adafactor": "Adafactor",
     "muon": "Muon",
     "normuon": "NorMuon",

@@ -24,6 +24,7 @@ RULES = {
     "lamb": "LAMB",
     "sm3": "SM3",
     "came": "CAME",
+    "amos": "Amos",
     "adafactor": "Adafactor",
     "muon": "Muon",
     "normuon": "NorMuon",

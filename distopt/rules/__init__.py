@@ -20,6 +20,7 @@ RULES = {
     "rmsprop": "RMSprop",
     "adadelta": "Adadelta",
     "signum": "Signum",
+    "ademamix": "AdEMAMix",
     "lars": "LARS",
     "lamb": "LAMB",
     "sm3": "SM3",

@@ -26,6 +26,7 @@ RULES = {
     "sm3": "SM3",
     "came": "CAME",
     "amos": "Amos",
+    "mars": "MARS",
     "adafactor": "Adafactor",
     "muon": "Muon",
     "normuon": "NorMuon",

@@ -27,6 +27,7 @@ RULES = {
     "came": "CAME",
     "amos": "Amos",
     "mars": "MARS",
+    "adam_mini": "AdamMini",
     "adafactor": "Adafactor",
     "muon": "Muon",
     "normuon": "NorMuon",

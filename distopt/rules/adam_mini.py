@@ -1,0 +1,43 @@
+"""Adam-mini (Zhang et al., 2024, arXiv 2406.16793)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from distopt.rule import Mean, Rule, Shape, State, Update
+
+
+@dataclass(frozen=True)
+class AdamMini(Rule):
+    """AdamW with one second moment per block of weights that share a learning rate: a row of a matrix (the weights of
+    one output neuron, or of one token of an embedding), all of a vector. Nearly half of AdamW's state.
+
+    lr is the root mean square of a block's step where its gradients keep their sign. The blocks are those of adam_mini
+    1.1.1 for values, projections, MLPs, embeddings and norms. Queries and keys, which it gives one moment per head, have
+    one per row here as well: finer, never coarser, at a cost of rows instead of heads.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    reach: ClassVar = "reduce"
+
+    def states(self, shape: Shape) -> dict[str, State]:
+        return {"exp_avg": State("like"), "exp_avg_sq": State("row")}
+
+    def scalars(self, step: int) -> dict[str, Any]:
+        beta1, beta2 = self.betas
+        return {"bias_correction1": 1 - beta1**step, "bias_correction2_sqrt": (1 - beta2**step) ** 0.5}
+
+    def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
+        beta1, beta2 = self.betas
+        square = yield Mean(grad * grad, -1)
+        state.exp_avg = state.exp_avg.lerp(grad, 1 - beta1)
+        state.exp_avg_sq = state.exp_avg_sq.lerp(square, 1 - beta2)
+        denominator = state.exp_avg_sq.sqrt() / h.bias_correction2_sqrt + self.eps
+        return weight * (1 - h.lr * h.weight_decay) - state.exp_avg * (h.lr / h.bias_correction1 / denominator)

@@ -84,35 +84,31 @@ class Bound:
         self.report = PlanReport(self.plans, titles, self.rank, verdict)
         self.faces = [Faces(bound, self.domains) for bound in self.groups]
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        self._holds = [window.numel > 0 for bound in self.groups for window in bound.windows]
         self.counters: list[Counters] = []
         for bound, faces in zip(self.groups, self.faces):
             for number, window in enumerate(bound.windows):
                 self.state[window.param] = {"step": None, **faces.here(number), **faces.placeholders(number)}
             self.counters.append(Counters([self.state[window.param] for window in bound.windows]))
 
-    def fill_faces(self) -> None:
-        """Put snapshots of the states that live with owners into `state`; collective where there are any.
+    def snapshot(self) -> defaultdict[Tensor, Any]:
+        """`state` as a state dict holds it: with copies of the states that live with owners; collective where there are
+        any, or where a rank's shard is too small to know a statistic. `state` itself keeps none.
 
         Raises:
             ValueError: states are partitioned over replicas.
         """
+        found: defaultdict[Tensor, Any] = defaultdict(dict)
         for group, faces in zip(self.groups, self.faces):
             if any(isinstance(window.spec.layout, Partition) for window in group.windows):
                 raise ValueError(
                     "states are partitioned over the replicas (process_group=…), no rank has them all: save with "
                     "distopt.checkpoint.save(path, model=…, optimizer=…) on every rank"
                 )
-            for number, found in faces.fill().items():
-                param = group.windows[number].param
-                self.state[param] = {**self.state[param], **found}
-
-    def empty_faces(self) -> None:
-        """Let go of the snapshots that `fill_faces` took: they are the state dict's, which keeps them."""
-        for group, faces in zip(self.groups, self.faces):
+            travelled = faces.fill()
             for number, window in enumerate(group.windows):
-                placeholders = faces.placeholders(number)
-                if placeholders:
-                    self.state[window.param] = {**self.state[window.param], **placeholders}
+                found[window.param] = {**self.state[window.param], **travelled.get(number, {})}
+        return found
 
     def load(self, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
         """See Optimizer.load_state_dict."""
@@ -137,9 +133,8 @@ class Bound:
             )
         if not self.has_stepped:
             return {"state": {}, "names": self.names}
-        self.fill_faces()
-        state = {i: self.state[param] for i, param in enumerate(self.params)}
-        self.empty_faces()
+        found = self.snapshot()
+        state = {i: found[param] for i, param in enumerate(self.params)}
         return {"state": state, "names": self.names}
 
     def restore(self, groups: list[dict[str, Any]], exported: dict[str, Any]) -> None:
@@ -169,16 +164,16 @@ class Bound:
         """Verdict, then mutation; see Optimizer.step."""
         present = [param.grad is not None for param in self.params]
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
+        lacking = not all(present)
         missing: list[set[int]] = []
         collected: list[tuple[Tensor, int]] = []
         start = 0
         for group in self.groups:
-            missing.append({i for i in range(len(group.windows)) if not present[start + i]})
+            missing.append({i for i in range(len(group.windows)) if not present[start + i]} if lacking else set())
             collected += group.collect(missing[-1])
             start += len(group.windows)
-        holds = [window.numel > 0 for group in self.groups for window in group.windows]
         flats = [(flat, holders / self.union.size) for flat, holders in collected] if checked else None
-        verdict = reach_verdict(flats, present, holds, self.union, self.norm, self.device, found_inf=found_inf)
+        verdict = reach_verdict(flats, present, self._holds, self.union, self.norm, self.device, found_inf=found_inf)
         if verdict.partial and engine["missing_grad"] == "raise":
             names = ", ".join(repr(self.names[i]) for i in sorted(verdict.partial)[:5])
             raise ValueError(
@@ -203,7 +198,7 @@ class Bound:
             scale *= min(1.0, engine["max_grad_norm"] / (norm + 1e-6))
         start = 0
         for group, rule, counters in zip(self.groups, rules, self.counters):
-            inert = {i for i in range(len(group.windows)) if start + i in verdict.inert}
+            inert = {i for i in range(len(group.windows)) if start + i in verdict.inert} if verdict.inert else set()
             start += len(group.windows)
             if len(inert) == len(group.windows):
                 continue

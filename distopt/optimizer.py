@@ -183,11 +183,11 @@ class Optimizer(torch.optim.Optimizer):
                 names the native checkpoint.
         """
         bound = self._bind()
-        bound.fill_faces()
+        live, bound.state = bound.state, bound.snapshot()
         try:
             return super().state_dict()
         finally:
-            bound.empty_faces()
+            bound.state = live
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of torch.optim's class of the same rule. Values keep fp32; parameters are
@@ -257,6 +257,10 @@ def _check_group(group: dict[str, Any], position: int) -> None:
         require(
             param.is_floating_point(),
             f"{name!r} has dtype {param.dtype}; optimizers need real floating-point parameters",
+        )
+        require(
+            param.dtype != torch.float64,
+            f"{name!r} is float64; states and mathematics are fp32 here: cast the model, or leave it to torch.optim",
         )
         require(
             param.layout == torch.strided, f"{name!r} is sparse; make it dense, or leave it to torch.optim.SparseAdam"

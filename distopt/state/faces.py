@@ -148,8 +148,7 @@ class Faces:
     def _face_box(self, layout: Sharded, index: int, face: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
         """Where a rank's part of a statistic lies in the whole of it."""
         return tuple(
-            (0, 1) if size != full else interval
-            for interval, size, full in zip(layout.box(index), face, layout.shape)
+            (0, 1) if size != full else interval for interval, size, full in zip(layout.box(index), face, layout.shape)
         )
 
     def read(self, values: dict[int, dict[str, Tensor]]) -> None:

@@ -21,7 +21,11 @@ Write = Callable[[], None]
 
 
 def load_state_dict(
-    groups: list[dict[str, Any]], names: list[list[str]], faces: list[Faces], counters: list[Counters], saved: dict[str, Any]
+    groups: list[dict[str, Any]],
+    names: list[list[str]],
+    faces: list[Faces],
+    counters: list[Counters],
+    saved: dict[str, Any],
 ) -> None:
     """Load `saved` into bound groups. Collective where states travel to owners.
 
@@ -122,6 +126,8 @@ def _check_parameter(
 def _fitting(value: Tensor, live: Tensor, shape: tuple[int, ...], name: str, key: str) -> Tensor:
     """The part of `value` that belongs into the local tensor of `live`."""
     if isinstance(value, DTensor):
+        if isinstance(live, DTensor) and value.shape != live.shape:
+            raise ValueError(f"{name!r}: state {key!r} has shape {tuple(value.shape)}, expected {shape}")
         if (
             not isinstance(live, DTensor)
             or value.device_mesh != live.device_mesh

@@ -159,7 +159,7 @@ def read_all(path: Path) -> dict[str, Tensor]:
 
 def steps_in(path: Path) -> list[int]:
     with Reader(path) as reader:
-        return [group["step"] for group in reader.document["groups"]]
+        return sorted({step for group in reader.document["groups"] for step in group["steps"]})
 
 
 def assert_same(left: Path, right: Path) -> None:
@@ -313,6 +313,7 @@ def test_state_dict_of_partitioned_states_names_the_native_checkpoint() -> None:
 
 
 # ---- torch.distributed.checkpoint, on a real model under fully_shard
+# Full and flattened at once is not among the forms: torch 2.13 cannot load it back, whatever the optimizer.
 
 
 def sharded(optimizer: str, seed: int = 1) -> tuple[Model, distopt.Optimizer]:
@@ -334,7 +335,7 @@ def step_through(optimizer: str, model: Model, built: distopt.Optimizer, steps: 
 
 def values_of(model: Model, built: distopt.Optimizer) -> dict[str, Tensor]:
     """All parameters and states, whole and flat, by the names of a native checkpoint; collective."""
-    named = {name: param for name, param in model.weights().items()}
+    named = model.weights()
     found: dict[str, Tensor] = {f"model/{name}": param.detach() for name, param in named.items()}
     saved = built.state_dict()
     for index, name in enumerate(named):
@@ -356,9 +357,7 @@ def torch_round_trip(optimizer: str, form: str) -> tuple[list[str], list[str], b
     options = {
         "sharded": StateDictOptions(),
         "full": StateDictOptions(full_state_dict=True, cpu_offload=True),
-        "full_broadcast": StateDictOptions(full_state_dict=True, cpu_offload=True),
         "flattened": StateDictOptions(flatten_optimizer_state_dict=True),
-        "full_flattened": StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True),
     }[form]
     model, built = sharded(optimizer)
     step_through(optimizer, model, built, range(STEPS))
@@ -366,13 +365,8 @@ def torch_round_trip(optimizer: str, form: str) -> tuple[list[str], list[str], b
     saved = get_optimizer_state_dict(model, built, options=options)
     again, resumed = sharded(optimizer, seed=2)
     step_through(optimizer, again, resumed, range(7, 8))
-    if form.startswith("full"):
-        # Only rank 0 has the full state dict.
-        options = StateDictOptions(
-            full_state_dict=True,
-            broadcast_from_rank0=True,
-            flatten_optimizer_state_dict=options.flatten_optimizer_state_dict,
-        )
+    if form == "full":  # offloaded to the CPU, only rank 0 has it
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(again, saved_model, options=options)
     set_optimizer_state_dict(again, resumed, saved, options=options)
     at_once = differing(values_of(model, built), values_of(again, resumed))
@@ -386,7 +380,7 @@ def torch_round_trip(optimizer: str, form: str) -> tuple[list[str], list[str], b
     )
 
 
-@pytest.mark.parametrize("form", ["sharded", "full", "flattened", "full_flattened"])
+@pytest.mark.parametrize("form", ["sharded", "full", "flattened"])
 @pytest.mark.parametrize("optimizer", KINDS)
 def test_torch_state_dict_round_trip_keeps_every_bit(optimizer: str, form: str) -> None:
     for at_once, later, counted in pool(4).run(f"{HERE}:torch_round_trip", optimizer, form):

@@ -58,6 +58,18 @@ class BoundElementwise:
                 windows[i].state[name] = torch.full((windows[i].numel,), state.fill, device=device)
         self._weight_views = self._shaped(self.weights[:packed])
         self._grad_views = self._shaped(self.grads[:packed])
+        self._segments: list[tuple[int, int, int]] = []  # of the slab: start, stop, ranks that hold a copy
+        start = 0
+        for holders, members in groupby(self.small, key=lambda i: windows[i].holders):
+            stop = start + sum(windows[i].numel for i in members)
+            self._segments.append((start, stop, holders))
+            start = stop
+        # Plain contiguous fp32 parameters are packed by one concatenation; what else there is, tensor by tensor.
+        self._plain = [windows[i].param for i in self.small] if all(windows[i].simple for i in self.small) else None
+        self._flat = self._plain is not None and all(param.ndim == 1 for param in self._plain)
+        # A fused kernel takes them where they are, if none has an end of its own (LANES).
+        aligned = self._plain is not None and all(param.numel() % LANES == 0 for param in self._plain)
+        self._direct = {name: self._shaped(slab[:packed]) for name, slab in self.slabs.items()} if aligned else None
 
     def _shaped(self, slab: Tensor) -> list[Tensor]:
         parts = slab.split([self.windows[i].numel for i in self.small])
@@ -66,25 +78,27 @@ class BoundElementwise:
     def collect(self, missing: set[int]) -> list[tuple[Tensor, int]]:
         """The gradients as few flat tensors, with the number of ranks that hold one copy of each: the slab of small ones
         (missing ones are zero) and each large one."""
-        present = [k for k, i in enumerate(self.small) if i not in missing]
-        if present:
-            torch._foreach_copy_(
-                [self._grad_views[k] for k in present], [self.windows[self.small[k]].raw_grad() for k in present]
-            )
-        for k, i in enumerate(self.small):
-            if i in missing:
-                self._grad_views[k].zero_()
+        if self._plain and not missing:
+            self._pack([param.grad for param in self._plain], self.grads)  # type: ignore[misc]
+        else:
+            present = [k for k, i in enumerate(self.small) if i not in missing]
+            if present:
+                torch._foreach_copy_(
+                    [self._grad_views[k] for k in present], [self.windows[self.small[k]].raw_grad() for k in present]
+                )
+            for k, i in enumerate(self.small):
+                if i in missing:
+                    self._grad_views[k].zero_()
         self._large_grads: dict[int, Tensor] = {}
         for i in self.large:
             grad = None if i in missing else self.windows[i].grad()
             self._large_grads[i] = torch.zeros(self.windows[i].numel, device=self.device) if grad is None else grad
         flats = [(self._large_grads[i], self.windows[i].holders) for i in self.large]
-        start = 0
-        for holders, members in groupby(self.small, key=lambda i: self.windows[i].holders):
-            stop = start + sum(self.windows[i].numel for i in members)
-            flats.append((self.grads[start:stop], holders))
-            start = stop
-        return flats
+        return flats + [(self.grads[start:stop], holders) for start, stop, holders in self._segments]
+
+    def _pack(self, tensors: list[Tensor], slab: Tensor) -> None:
+        flat = tensors if self._flat else [tensor.reshape(-1) for tensor in tensors]
+        torch.cat(flat, out=slab[: self._segments[-1][1]])
 
     def step(self, rule: Rule, step: int, scale: float, inert: set[int], union: Domain) -> None:
         """Step every parameter with `scale` times the gradients last collected; `inert` ones are left alone."""
@@ -92,10 +106,18 @@ class BoundElementwise:
         weights = {i: self.windows[i].weight() for i in large}
         kernel = fused_kernel(rule)
         parts: list[Part] = []
-        if self.small:
-            views = [self.windows[i].raw_weight() for i in self.small]
+        direct = kernel is not None and self._plain and self._direct is not None and not inert and scale == 1.0
+        if direct:
+            assert kernel is not None and self._plain is not None and self._direct is not None
+            kernel(rule, step, self._plain, self._grad_views, self._direct)
+        elif self.small:
             saved = {i: {n: t.clone() for n, t in self.windows[i].state.items()} for i in self.small if i in inert}
-            torch._foreach_copy_(self._weight_views, views)
+            if self._plain:
+                views = self._plain
+                self._pack(views, self.weights)
+            else:
+                views = [self.windows[i].raw_weight() for i in self.small]
+                torch._foreach_copy_(self._weight_views, views)
             parts.append(Part(self.weights, self.grads, self.slabs))
         for i in large:
             parts.append(Part(weights[i], self._large_grads[i], self.windows[i].state))
@@ -111,8 +133,8 @@ class BoundElementwise:
         for part in parts:
             if kernel is None or not any(part is done for done in fused):
                 self._run(rule, step, part)
-        if self.small:
-            kept = [k for k, i in enumerate(self.small) if i not in inert]
+        if self.small and not direct:
+            kept = [k for k, i in enumerate(self.small) if i not in inert] if inert else range(len(self.small))
             if kept:
                 torch._foreach_copy_([views[k] for k in kept], [self._weight_views[k] for k in kept])
             for i, states in saved.items():

@@ -46,6 +46,12 @@ class Window:
         """Whether the window is all of the local storage."""
         return self.numel == _raw(self.param).numel()
 
+    @property
+    def simple(self) -> bool:
+        """Whether the parameter is a plain contiguous fp32 tensor that is all of the window."""
+        param = self.param
+        return self.whole and not isinstance(param, DTensor) and param.is_contiguous() and param.dtype == torch.float32
+
     def raw_shape(self) -> tuple[int, ...]:
         """Shape of `raw_weight` and `raw_grad`: the local shape, or flat for a part of it. What is only copied need not
         be flattened first, which costs more than the copy for small tensors."""

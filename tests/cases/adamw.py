@@ -1,9 +1,16 @@
-"""AdamW against torch.optim.AdamW and the naive reference."""
+"""AdamW against torch.optim.AdamW and the naive reference; cautious against pytorch_optimizer's AdEMAMix."""
 
+import pytorch_optimizer
 import torch
 
-from tests.cases import Case, Oracle, public
+from tests.cases import Case, Options, Oracle, public
 from tests.references import adamw
+
+
+def without_slow_mean(options: Options) -> Options:
+    """Its AdamW has no cautious option, its AdEMAMix has."""
+    return {"alpha": 0.0, "weight_decouple": True, **options}
+
 
 CASE = Case(
     optimizer="AdamW",
@@ -14,14 +21,28 @@ CASE = Case(
         "betas": {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
         "no_decay": {"lr": 0.01, "weight_decay": 0.0, "maximize": True},
         "amsgrad": {"lr": 0.01, "amsgrad": True},
+        "cautious": {"lr": 0.01, "weight_decay": 0.1, "cautious": True},
     },
     oracles=(
         Oracle(name="reference", run=adamw, rel=2e-6, why="float32 rounding of the weights at lr 1e-3, 1e-6 measured"),
         Oracle(
-            name="torch", run=public(torch.optim.AdamW), dtype=torch.float32, rel=1e-6, why="elementwise, same formula"
+            name="torch",
+            run=public(torch.optim.AdamW),
+            dtype=torch.float32,
+            variants=("default", "betas", "no_decay", "amsgrad"),
+            rel=1e-6,
+            why="elementwise, same formula",
+        ),
+        Oracle(
+            name="pytorch_optimizer",
+            run=public(pytorch_optimizer.AdEMAMix, without_slow_mean),
+            dtype=torch.float32,
+            variants=("cautious",),
+            rel=1e-6,
+            why="same formula",
         ),
     ),
     sharded=0,
     sharded_stacks=0,
-    sharded_why="elementwise: no result depends on a cut",
+    sharded_why="elementwise: no result depends on a cut; cautious: counts are exact",
 )

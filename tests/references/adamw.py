@@ -16,8 +16,10 @@ def adamw(
     weight_decay: float = 1e-2,
     amsgrad: bool = False,
     maximize: bool = False,
+    cautious: bool = False,
 ) -> Tensor:
-    """w ← (1 − lr λ) w − lr m̂ / (√v̂ + ε). AMSGrad takes the maximum of v before the bias correction, as torch does."""
+    """w ← (1 − lr λ) w − lr m̂ / (√v̂ + ε). AMSGrad takes the maximum of v before the bias correction, as torch does.
+    Cautious: u ← u · [u g > 0] · numel / (number of those + 1)."""
     beta1, beta2 = betas
     m, v, v_max = (torch.zeros_like(weight) for _ in range(3))
     for t, grad in enumerate(grads, start=1):
@@ -27,5 +29,8 @@ def adamw(
         v_max = torch.maximum(v_max, v)
         m_hat = m / (1 - beta1**t)
         v_hat = (v_max if amsgrad else v) / (1 - beta2**t)
-        weight = (1 - lr * weight_decay) * weight - lr * m_hat / (v_hat.sqrt() + eps)
+        u = m_hat / (v_hat.sqrt() + eps)
+        if cautious:
+            u = u * (u * g > 0) * u.numel() / (int((u * g > 0).sum()) + 1)
+        weight = (1 - lr * weight_decay) * weight - lr * u
     return weight

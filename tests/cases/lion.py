@@ -1,5 +1,6 @@
-"""Lion against lion_pytorch and the naive reference."""
+"""Lion against lion_pytorch and the naive reference; cautious against pytorch_optimizer's."""
 
+import pytorch_optimizer
 import torch
 from lion_pytorch import Lion  # type: ignore[import-untyped]
 
@@ -12,12 +13,28 @@ CASE = Case(
     variants={
         "default": {},
         "betas": {"lr": 0.01, "betas": (0.95, 0.98), "weight_decay": 0.1},
+        "cautious": {"lr": 0.01, "weight_decay": 0.1, "cautious": True},
     },
     oracles=(
         Oracle(name="reference", run=lion, rel=1e-5, why="float32 rounding of the weights at lr 1e-4, 5e-6 measured"),
-        Oracle(name="lion_pytorch", run=public(Lion), dtype=torch.float32, rel=1e-6, why="elementwise, same formula"),
+        Oracle(
+            name="lion_pytorch",
+            run=public(Lion),
+            dtype=torch.float32,
+            variants=("default", "betas"),
+            rel=1e-6,
+            why="elementwise, same formula",
+        ),
+        Oracle(
+            name="pytorch_optimizer",
+            run=public(pytorch_optimizer.Lion),
+            dtype=torch.float32,
+            variants=("cautious",),
+            rel=1e-6,
+            why="same formula",
+        ),
     ),
     sharded=0,
     sharded_stacks=0,
-    sharded_why="elementwise: no result depends on a cut",
+    sharded_why="elementwise: no result depends on a cut; cautious: counts are exact",
 )

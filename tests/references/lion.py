@@ -13,12 +13,16 @@ def lion(
     lr: float = 1e-4,
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
+    cautious: bool = False,
 ) -> Tensor:
-    """c ← β₁ m + (1 − β₁) g; w ← w − lr (sign(c) + λ w); m ← β₂ m + (1 − β₂) g."""
+    """c ← β₁ m + (1 − β₁) g; w ← w − lr (sign(c) + λ w); m ← β₂ m + (1 − β₂) g.
+    Cautious: s ← s · [s g > 0] · numel / (number of those + 1) for the sign s."""
     beta1, beta2 = betas
     m = torch.zeros_like(weight)
     for g in grads:
-        c = beta1 * m + (1 - beta1) * g
-        weight = weight - lr * (c.sign() + weight_decay * weight)
+        s = (beta1 * m + (1 - beta1) * g).sign()
+        if cautious:
+            s = s * (s * g > 0) * s.numel() / (int((s * g > 0).sum()) + 1)
+        weight = weight - lr * (s + weight_decay * weight)
         m = beta2 * m + (1 - beta2) * g
     return weight

@@ -162,7 +162,11 @@ class Bound:
 
     def step(self, rules: list[Rule], engine: dict[str, Any], *, grad_scale: float, found_inf: float | None) -> Verdict:
         """Verdict, then mutation; see Optimizer.step."""
-        present = [param.grad is not None for param in self.params]
+        grads = [param.grad for param in self.params]
+        for name, grad in zip(self.names, grads):
+            if grad is not None and grad.layout is not torch.strided:
+                raise ValueError(f"{name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it")
+        present = [grad is not None for grad in grads]
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
         lacking = not all(present)
         missing: list[set[int]] = []

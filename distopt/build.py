@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -65,6 +66,8 @@ def create_optimizer(
             f"no parameter of this {type(model).__name__} is for {name}: it takes the weights of hidden linear layers; "
             f"use rest's rule ({rest!r}) alone instead"
         )
+    if rest_options and not matrix:
+        warnings.warn(f"rest_options are ignored: {name} takes every parameter itself", stacklevel=2)
     engine = {key: options.pop(key) for key in list(options) if key in ENGINE_OPTIONS}
     own = {**getattr(rule, "create_defaults", {}), **options, "lr": lr, "weight_decay": weight_decay}
     known = {f.name for f in fields(rule)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distopt.bound import Bound, strip_prefixes
+from distopt.bound import Bound, parameter_names, strip_prefixes
 from distopt.plan.geometry import logical_of
 from distopt.plan.report import PlanReport
 from distopt.rule import require
@@ -55,6 +55,7 @@ class Optimizer(torch.optim.Optimizer):
 
     rule_name: ClassVar[str] = ""
     _step_supports_amp_scaling = True
+    _constructed = False
 
     def __init__(self, params: Iterable[Any], rule: str, options: dict[str, Any]) -> None:
         _check_options(rule, options)
@@ -83,6 +84,8 @@ class Optimizer(torch.optim.Optimizer):
         self._pending: dict[str, Any] | None = None
         hyper = {f.name: options[f.name] for f in fields(rule_class(rule)) if f.name in options}
         super().__init__(params, {"rule": rule, **_defaults(rule), **hyper})
+        parameter_names(self.param_groups)
+        self._constructed = True
 
     # The state is made at bind, and bind may have to wait until parameters are final, so it is a property.
     @property
@@ -115,7 +118,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: an unknown option or rule; a parameter that the rule cannot serve, that is sparse, complex, on
-                the meta device, or in another group already.
+                the meta device, or there twice; a name that is there twice.
         """
         group = dict(param_group)
         name = group.setdefault("rule", self.defaults["rule"])
@@ -138,6 +141,8 @@ class Optimizer(torch.optim.Optimizer):
             self.defaults = before
         try:
             _check_group(self.param_groups[-1], len(self.param_groups) - 1)
+            if self._constructed:  # the constructor looks once, at all groups
+                parameter_names(self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -196,8 +201,14 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: missing or unexpected parameters or states, shapes or meshes that do not fit; nothing is changed.
         """
+        state_dict = state_dict.copy()  # hooks may change it
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
+        for group in state_dict["param_groups"]:
+            require(
+                group.get("maximize", self.engine["maximize"]) == self.engine["maximize"],
+                f"the state dict was saved with maximize={group.get('maximize')}; construct the optimizer with it",
+            )
         self._bind().load(self.param_groups, state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -205,7 +216,13 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         kept = ("defaults", "param_groups", "engine", "last_grad_norm", "skipped_steps", "routing")
         pending = self._bound.export() if self._bound is not None else self._pending
-        return {**{key: self.__dict__[key] for key in kept}, "_pending": pending, "_bound": None, "_model": None}
+        return {
+            **{key: self.__dict__[key] for key in kept},
+            "_pending": pending,
+            "_bound": None,
+            "_model": None,
+            "_constructed": True,
+        }
 
     def _bind(self) -> Bound:
         """Read layouts and make states, once; again when somebody replaced parameters."""
@@ -253,7 +270,10 @@ def _check_options(rule: str, options: Iterable[str]) -> None:
 def _check_group(group: dict[str, Any], position: int) -> None:
     rule = group_rule(group)
     names = group.get("param_names") or [f"group {position} parameter {i}" for i in range(len(group["params"]))]
+    first: dict[Tensor, str] = {}
     for name, param in zip(names, group["params"]):
+        require(param not in first, f"{name!r} is twice in this group, as {first.get(param)!r} before; list it once")
+        first[param] = name
         require(
             param.is_floating_point(),
             f"{name!r} has dtype {param.dtype}; optimizers need real floating-point parameters",

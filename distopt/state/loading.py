@@ -18,6 +18,8 @@ from distopt.state.faces import Faces
 from distopt.state.windows import Window
 
 Write = Callable[[], None]
+NOT_OURS = {"foreach", "capturable", "differentiable", "fused", "maximize", "decoupled_weight_decay"}
+"""What torch.optim keeps in groups and this package does not."""
 
 
 def load_state_dict(
@@ -68,10 +70,10 @@ def load_state_dict(
             group_faces.read(values)
     for group, saved_group, counter, ages in zip(groups, saved_groups, counters, counted):
         counter.assign(ages)
-        group.update(
-            {k: v for k, v in saved_group.items() if k in group and k not in ("params", "param_names", "rule")}
-        )
-        group.update({k: v for k, v in saved_group.items() if k == "initial_lr"})
+        kept = {k: group[k] for k in ("params", "param_names", "rule") if k in group}
+        # Schedulers keep numbers of theirs in groups; everything comes back but what has no meaning here.
+        group.update({k: v for k, v in saved_group.items() if k not in NOT_OURS})
+        group.update(kept)
 
 
 def match_parameters(number: int, here: list[str], saved_group: dict[str, Any], *, named: bool) -> list[Any]:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from distopt.optimizer import Optimizer
 
 __version__ = "0.1.0.dev0"
-__all__ = ["Optimizer", "checkpoint", "create_optimizer", "layouts", "schedules", *RULES.values()]
+__all__ = ["Optimizer", "checkpoint", "create_optimizer", "layouts", "list_optimizers", "optimizer_info", "schedules"]
+__all__ += RULES.values()
 
 
 def __getattr__(name: str) -> Any:
@@ -29,7 +30,12 @@ def __getattr__(name: str) -> Any:
             return globals()[name]
     if name in ("checkpoint", "layouts", "schedules"):
         return importlib.import_module(f"distopt.{name}")
-    sources = {"Optimizer": "distopt.optimizer", "create_optimizer": "distopt.build"}
+    sources = {
+        "Optimizer": "distopt.optimizer",
+        "create_optimizer": "distopt.build",
+        "list_optimizers": "distopt.catalog",
+        "optimizer_info": "distopt.catalog",
+    }
     if name in sources:
         return getattr(importlib.import_module(sources[name]), name)
     raise AttributeError(f"module 'distopt' has no attribute {name!r}")

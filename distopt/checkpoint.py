@@ -57,7 +57,7 @@ def save(path: str | Path, *, model: nn.Module, optimizer: Any, extra: dict[str,
 
     Raises:
         CheckpointError: the same on every rank; what was there before is intact.
-        ValueError: gradients are being accumulated, or a parameter of the optimizer is not in the model.
+        ValueError: a parameter of the optimizer is not in the model.
     """
     bound: Bound = optimizer._bind()
     names = _names(model, bound)

@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from distopt.comm.exchange import Exchange, Segment
 from distopt.comm.groups import Domains
-from distopt.layouts import Sharded
+from distopt.layouts import Sharded, local_tensor
 from distopt.layouts.dtensor import Axis
 from distopt.plan.build import Entry
 from distopt.plan.geometry import Geometry, Logical, geometry_of, logical_of
@@ -152,15 +152,18 @@ class Faces:
         )
 
     def read(self, values: dict[int, dict[str, Tensor]]) -> None:
-        """Collective: hand local faces (any shape) back to the owners."""
-        for exchange, locals_, owned in self._travelling():
-            like = torch.empty(0, device=self.group.device)
-            sources = [
-                values[number][name].to(like).reshape(1, rows, cols) if name in values.get(number, {}) else None
-                for number, name, rows, cols in locals_
-            ]
-            assert all(source is not None for source in sources)
-            for work in exchange.forward(sources, owned, like):  # type: ignore[arg-type]
+        """Collective: hand local faces (any shape) back to the owners. What is not among the values stays as it is."""
+        routes = list(self._travelling())
+        wanted = {(number, name) for _, locals_, _ in routes for number, name, _, _ in locals_}
+        live = self.fill() if any(name not in values.get(number, {}) for number, name in wanted) else {}
+        like = torch.empty(0, device=self.group.device)
+        for exchange, locals_, owned in routes:
+            sources = []
+            for number, name, rows, cols in locals_:
+                found = values.get(number, {})
+                value = found[name] if name in found else local_tensor(live[number][name])
+                sources.append(value.to(like).reshape(1, rows, cols))
+            for work in exchange.forward(sources, owned, like):
                 work.wait()
 
     def _as_face(self, number: int, name: str, face: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ def load_state_dict(
         names: names of the parameters of each group.
         faces: the faces of each group.
         counters: the step counters of each group.
-        saved: {"state": {index: {name: value}}, "param_groups": [...]}.
+        saved: {"state": {index: {name: value}}, "param_groups": [...]}. A parameter without an entry keeps its state:
+            torch's checkpoint path leaves out frozen ones.
 
     Raises:
         ValueError: what is missing, unexpected, or of another shape, dtype or mesh. Nothing has been changed.
@@ -70,7 +71,7 @@ def load_state_dict(
             group_faces.read(values)
     for group, saved_group, counter, ages in zip(groups, saved_groups, counters, counted):
         counter.assign(ages)
-        kept = {k: group[k] for k in ("params", "param_names", "rule") if k in group}
+        kept: dict[str, Any] = {k: group[k] for k in ("params", "param_names", "rule") if k in group}
         # Schedulers keep numbers of theirs in groups; everything comes back but what has no meaning here.
         group.update({k: v for k, v in saved_group.items() if k not in NOT_OURS})
         group.update(kept)

@@ -462,6 +462,24 @@ def test_torch_state_dict_of_a_fresh_optimizer_is_complete_and_never_steps(
     assert pool(2).run(f"{HERE}:get_without_a_step", optimizer, with_gradients) == [[]] * 2
 
 
+def frozen_on_torch_path(optimizer: str) -> tuple[list[str], list[str]]:
+    """Train, freeze two parameters, get and set: which of them get leaves out, and what set changes."""
+    model, built = sharded(optimizer)
+    step_through(optimizer, model, built, range(STEPS))
+    for name in ("up", "column"):
+        model.weights()[name].requires_grad_(False)
+    before = values_of(model, built)
+    saved = get_optimizer_state_dict(model, built)
+    left_out = [name for name in ("up", "column") if not saved["state"].get(f"layers.{name}.weight")]
+    set_optimizer_state_dict(model, built, saved)
+    return left_out, differing(before, values_of(model, built))
+
+
+@pytest.mark.parametrize("optimizer", KINDS)
+def test_states_of_frozen_parameters_are_kept_on_the_path_of_torch(optimizer: str) -> None:
+    assert pool(4).run(f"{HERE}:frozen_on_torch_path", optimizer) == [([], [])] * 4
+
+
 def loaded_with_other_placements(kind: str) -> tuple[str, list[str]]:
     """Load a state dict whose DTensors lie elsewhere: what is said, and what was changed."""
     model, built = sharded("AdamW")

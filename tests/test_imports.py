@@ -22,7 +22,7 @@ PACKAGE = ROOT / "distopt"
 # A part imports only from the lines below its own.
 LEVELS: list[set[str]] = [
     {"integrations", "launch", "__init__"},
-    {"build", "checkpoint"},
+    {"build", "catalog", "checkpoint"},
     {"optimizer"},
     {"bound"},
     {"engine", "elementwise", "verdict"},

@@ -54,17 +54,22 @@ def product() -> list[Row]:
 
 
 def cover(rows: list[Row]) -> list[Row]:
-    """Few rows with all pairs, greedily."""
+    """Few rows with all pairs."""
     pairs: dict[Row, set[object]] = {
         (case, variant, layout, size): {(case, layout), (case, variant, size), (layout, size)}
         for case, variant, layout, size in rows
     }
     missing = set().union(*pairs.values())
+    # Every rule meets every layout: of those rows the most useful one each; then rows for what is still missing.
+    meetings: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        meetings.setdefault((row[0], row[2]), []).append(row)
     chosen = []
-    while missing:
-        best = max(rows, key=lambda row: len(missing & pairs[row]))
-        chosen.append(best)
-        missing -= pairs[best]
+    for candidates in [*meetings.values(), *([row] for row in rows)]:
+        best = max(candidates, key=lambda row: len(missing & pairs[row]))
+        if missing & pairs[best]:
+            chosen.append(best)
+            missing -= pairs[best]
     return chosen
 
 

@@ -31,6 +31,7 @@ RULES = {
     "adafactor": "Adafactor",
     "muon": "Muon",
     "normuon": "NorMuon",
+    "shampoo": "Shampoo",
     "soap": "SOAP",
 }
 """Name → class; the file has the name."""

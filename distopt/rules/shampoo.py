@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
-import torch
 from torch import Tensor
+from torch.linalg import matrix_norm as norm
 
 from distopt.matrix.inverse_root import RootMethod, inverse_root
 from distopt.rule import Back, Rule, Shape, State, Update, Whole, require
-
-GRAFTINGS = (None, "sgd", "adagrad", "adam")
-# No product of a gradient with itself or with a factor's inverse root overflows below this entry, at any size.
-LARGEST_ENTRY = 2.0**32
 
 
 @dataclass(frozen=True)
 class Shampoo(Rule):
     """W ← W − lr L^(−1/4) M R^(−1/4), where L and R are running means of G Gᵀ and Gᵀ G with weight 1 − betas[1], and M
-    one of G with 1 − betas[0], all of them bias-corrected. Weight decay is decoupled.
+    one of G with 1 − betas[0], all bias-corrected. Weight decay is decoupled. The variant is Meta's DistributedShampoo(
+    betas=(0, .99), precondition_frequency=1, start_preconditioning_step=1) without blocks and merged dims: roots of
+    factors that have this step's gradient in them, at step 1 and every multiple of `precondition_frequency`, `eps` added
+    to the diagonal, by "eigh", "newton" or "qr" (from the last eigenbasis).
 
-    The variant is Meta's DistributedShampoo(betas=(0, .99), precondition_frequency=1, start_preconditioning_step=1)
-    without blocks: roots of the factors with this step's gradient in them, at `start_preconditioning_step` and at every
-    later multiple of `precondition_frequency`; `eps` is added to a factor's diagonal. Before the first roots G itself,
-    or the grafted step, is taken. With `root="qr"` a root reuses the last eigenbasis; "newton" needs products only.
+    lr: without grafting, a step's spectral norm is about lr. `grafting` gives each step the Frobenius norm, and so lr
+    the units, of another rule: "sgd" (M), "adagrad" (M / (√Σg² + grafting_eps)), "adam" (mean with betas[1] for sum).
 
-    lr: without grafting, a step has about the spectral norm lr where the gradient repeats itself and up to √(1/(1 −
-    betas[1])) less where it is noise. `grafting` takes the Frobenius norm of each step from another rule, and lr's
-    units with it: "sgd" (M), "adagrad" (M / (√Σg² + grafting_eps)) or "adam" (√ of a running mean instead).
-
-    Deviations: a side longer than `max_precond_dim` keeps the identity, and the other one then takes the root −1/2;
-    where no side is left, and on vectors, the step is the grafted rule's, or M / √(mean of g² + eps), Shampoo's diagonal.
-    Gradients with entries above 2³² are scaled down to that. A root that cannot be computed keeps the last one.
-    Compute is matrix by matrix, since inverse roots amplify the rounding of a batched product.
+    Deviations: a side longer than `max_precond_dim` keeps the identity, the other one then takes the root −1/2. Without
+    any side, and on vectors, the step is the grafted rule's, "adam" if there is none. Entries above 2³² scale their
+    gradient down to it. A root that fails keeps the last one; where there is none, the step is 0. One matrix at a time.
     """
 
     lr: float = 1e-2
@@ -41,12 +33,9 @@ class Shampoo(Rule):
     eps: float = 1e-12
     weight_decay: float = 0.0
     precondition_frequency: int = 1
-    start_preconditioning_step: int = 1
     max_precond_dim: int = 10000
-    _: KW_ONLY
     root: RootMethod = "eigh"
     grafting: str | None = None
-    grafting_beta2: float = 0.999
     grafting_eps: float = 1e-8
 
     reach: ClassVar = "matrix"
@@ -55,12 +44,12 @@ class Shampoo(Rule):
 
     def check(self) -> None:
         super().check()
-        require(self.eps > 0, "eps must be above 0: a singular factor has no root without it")
+        require(
+            self.grafting in (None, "sgd", "adagrad", "adam"), f"no grafting {self.grafting!r}: sgd, adagrad or adam"
+        )
         require(self.root in get_args(RootMethod), f"root: one of {get_args(RootMethod)}, got {self.root!r}")
-        require(self.grafting in GRAFTINGS, f"grafting: one of {GRAFTINGS}, got {self.grafting!r}")
-        require(0 <= self.grafting_beta2 < 1, f"grafting_beta2 must lie in [0, 1), got {self.grafting_beta2}")
-        require(self.grafting_eps > 0, f"grafting_eps must be above 0, got {self.grafting_eps}")
-        for name in ("precondition_frequency", "start_preconditioning_step", "max_precond_dim"):
+        require(self.eps > 0 and self.grafting_eps > 0, "eps and grafting_eps must be above 0: zeros are divided by it")
+        for name in ("precondition_frequency", "max_precond_dim"):
             require(getattr(self, name) >= 1, f"{name} must be ≥ 1, got {getattr(self, name)}")
 
     def refuse(self, shape: Shape) -> str | None:
@@ -72,49 +61,60 @@ class Shampoo(Rule):
         return {side: length for side, length in lengths.items() if length <= self.max_precond_dim}
 
     def states(self, shape: Shape) -> dict[str, State]:
-        sides = self.sides(shape)
-        whole = State("owner", (shape.rows, shape.cols)) if sides else State("like")
-        states = {"exp_avg": whole} if self.betas[0] else {}
-        if self.grafting in ("adagrad", "adam") or not (sides or self.grafting):
-            states["exp_avg_sq"] = whole
-        for side, length in sides.items():
-            states[f"factor_{side}"] = states[f"root_{side}"] = State("owner", (length, length))
-            if self.root == "qr":
-                states[f"basis_{side}"] = State("owner", (length, length))
-        return states
+        moment = State("owner", (shape.rows, shape.cols)) if shape.is_matrix else State("like")
+        states = {"exp_avg": moment} if self.betas[0] else {}
+        states |= {"exp_avg_sq": moment} if self.grafting != "sgd" and (self.grafting or not self.sides(shape)) else {}
+        kept = ("factor", "root", "basis") if self.root == "qr" else ("factor", "root")
+        return states | {f"{name}_{s}": State("owner", (n, n)) for s, n in self.sides(shape).items() for name in kept}
 
     def scalars(self, step: int) -> dict[str, Any]:
-        first, every = self.start_preconditioning_step, self.precondition_frequency
+        decay = 1.0 if self.grafting == "adagrad" else self.betas[1]
         return {
-            "correction1": 1 - self.betas[0] ** step,
-            "correction2": 1 - self.betas[1] ** step,
-            "grafting_correction2": 1 - self.grafting_beta2**step,
-            "refreshing": step == first or (step > first and step % every == 0),
+            "corrections": [1 - beta**step for beta in self.betas],
+            "squares": (decay, (1 - decay) or 1.0, (1 - decay**step) or 1.0),
+            "refreshing": step == 1 or step % self.precondition_frequency == 0,
         }
 
     def phases(self) -> dict[str, tuple[int, float]]:
-        first, every = self.start_preconditioning_step, self.precondition_frequency
-        refresh = (first // every + 1) * every
-        return {"refresh": (refresh, 1 / every)} | ({"step": (refresh + 1, 1 - 1 / every)} if every > 1 else {})
+        every = self.precondition_frequency
+        return {"refresh": (2 * every, 1 / every), "step": (2 * every + 1, 1 - 1 / every)}
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
-        sides = self.sides(h.shape)
-        if sides:
+        g = grad
+        if h.shape.is_matrix:
             g = yield Whole(grad)
-            g = g * (LARGEST_ENTRY / g.abs().amax((-2, -1), keepdim=True)).clamp(max=1)
-            for side, length in sides.items():
-                self.accumulate(side, g @ g.mT if side == "left" else g.mT @ g, len(sides), state, h)
-            m = self.first_moment(g, state, h)
-            grafted = self.grafted(g, m, state, h)
-            if h.step < self.start_preconditioning_step:
-                direction = grafted
-            else:
-                direction = self.precondition(m, state)
-                if self.grafting:
-                    norm, own = (torch.linalg.matrix_norm(x, keepdim=True) for x in (grafted, direction))
-                    direction = direction * (norm / (own + 1e-16))
+            g = g * (2.0**32 / g.abs().amax((-2, -1), keepdim=True)).clamp(max=1)
+        direction = m = g
+        if self.betas[0]:
+            state.exp_avg = state.exp_avg.lerp(g, 1 - self.betas[0])
+            direction = m = state.exp_avg / h.corrections[0]
+        if hasattr(state, "exp_avg_sq"):
+            decay, fresh, correction = h.squares
+            state.exp_avg_sq = state.exp_avg_sq * decay + g.square() * fresh
+            direction = m / ((state.exp_avg_sq / correction).sqrt() + self.grafting_eps)
+        if sides := self.sides(h.shape):
+            for side in sides:
+                self.accumulate(side, g @ g.mT if side == "left" else g.mT @ g, 2 * len(sides), state, h)
+            grafted, direction = direction, self.precondition(m, state)
+            if self.grafting:
+                direction = direction * (norm(grafted, keepdim=True) / (norm(direction, keepdim=True) + 1e-16))
+        if h.shape.is_matrix:
             direction = yield Back(direction)
-        else:
-            m = self.first_moment(grad, state, h)
-            direction = self.grafted(grad, m, state, h)
         return weight * (1 - h.lr * h.weight_decay) - h.lr * direction
+
+    def accumulate(self, side: str, product: Tensor, p: int, state: Any, h: Any) -> None:
+        """Add G Gᵀ or Gᵀ G to its factor and, where it is time, take the factor's root (… + eps)^(−1/p)."""
+        factor = getattr(state, f"factor_{side}").lerp(product, 1 - self.betas[1])
+        setattr(state, f"factor_{side}", factor)
+        if h.refreshing:
+            basis = getattr(state, f"basis_{side}") if self.root == "qr" and h.step > 1 else None
+            last, mean = getattr(state, f"root_{side}"), factor / h.corrections[1]
+            found = inverse_root(mean, p, method=self.root, eps=self.eps, previous=last, basis=basis)
+            setattr(state, f"root_{side}", found.root)
+            if self.root == "qr":
+                setattr(state, f"basis_{side}", found.basis)
+
+    def precondition(self, m: Tensor, state: Any) -> Tensor:
+        """L^(−1/4) M R^(−1/4)."""
+        m = state.root_left @ m if hasattr(state, "root_left") else m
+        return m @ state.root_right if hasattr(state, "root_right") else m

@@ -10,6 +10,7 @@ from tests.references.lion import lion
 from tests.references.muon import muon, newton_schulz, polar_express
 from tests.references.normuon import normuon
 from tests.references.sgd import sgd
+from tests.references.shampoo import shampoo
 from tests.references.soap import soap
 
-__all__ = ["adafactor", "adamw", "lion", "muon", "newton_schulz", "normuon", "polar_express", "sgd", "soap"]
+__all__ = ["adafactor", "adamw", "lion", "muon", "newton_schulz", "normuon", "polar_express", "sgd", "shampoo", "soap"]

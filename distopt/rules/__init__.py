@@ -32,6 +32,7 @@ RULES = {
     "muon": "Muon",
     "normuon": "NorMuon",
     "shampoo": "Shampoo",
+    "caspr": "CASPR",
     "soap": "SOAP",
 }
 """Name → class; the file has the name."""

@@ -6,6 +6,7 @@ tight tolerances are measured against. They are slow, keep no state between call
 
 from tests.references.adafactor import adafactor
 from tests.references.adamw import adamw
+from tests.references.caspr import caspr
 from tests.references.lion import lion
 from tests.references.muon import muon, newton_schulz, polar_express
 from tests.references.normuon import normuon
@@ -13,4 +14,16 @@ from tests.references.sgd import sgd
 from tests.references.shampoo import shampoo
 from tests.references.soap import soap
 
-__all__ = ["adafactor", "adamw", "lion", "muon", "newton_schulz", "normuon", "polar_express", "sgd", "shampoo", "soap"]
+__all__ = [
+    "adafactor",
+    "adamw",
+    "caspr",
+    "lion",
+    "muon",
+    "newton_schulz",
+    "normuon",
+    "polar_express",
+    "sgd",
+    "shampoo",
+    "soap",
+]

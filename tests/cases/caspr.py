@@ -1,0 +1,20 @@
+"""CASPR against the formula of its paper."""
+
+from tests.cases import Case, Oracle
+from tests.references import caspr
+
+CASE = Case(
+    optimizer="CASPR",
+    ndims=frozenset({0, 1, 2, 3}),
+    variants={
+        "adam": {"betas": (0.9, 0.99), "grafting": "adam", "precondition_frequency": 3, "eps": 1e-2},
+        "default": {"eps": 1e-6},
+        "one_side": {"betas": (0.9, 0.95), "max_precond_dim": 32, "weight_decay": 0.1, "root": "newton", "eps": 1e-4},
+    },
+    oracles=(
+        Oracle(name="reference", run=caspr, rel=1e-3, why="inverse roots amplify float32 rounding, as in Shampoo"),
+    ),
+    sharded=0,
+    sharded_stacks=0,
+    sharded_why="amplifies rounding, so nothing weaker is honest; matrices are computed one by one",
+)

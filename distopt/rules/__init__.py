@@ -33,6 +33,7 @@ RULES = {
     "normuon": "NorMuon",
     "shampoo": "Shampoo",
     "caspr": "CASPR",
+    "kl_shampoo": "KLShampoo",
     "soap": "SOAP",
 }
 """Name → class; the file has the name."""

@@ -31,6 +31,7 @@ RULES = {
     "adafactor": "Adafactor",
     "muon": "Muon",
     "normuon": "NorMuon",
+    "dion2": "Dion2",
     "shampoo": "Shampoo",
     "caspr": "CASPR",
     "kl_shampoo": "KLShampoo",

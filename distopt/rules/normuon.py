@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from distopt.matrix.newton_schulz import orthogonalize
+from distopt.matrix.newton_schulz import Method, orthogonalize
 from distopt.rule import Back, Rule, Shape, State, Update, Whole, require
 from distopt.rules.muon import SCALES
 
@@ -37,7 +37,7 @@ class NorMuon(Rule):
     ns_steps: int = 5
     adjust_lr_fn: str | None = "rms"
     _: KW_ONLY
-    ns: str = "quintic"
+    ns: Method = "quintic"
     ns_dtype: torch.dtype | None = None
 
     reach: ClassVar = "matrix"

@@ -7,6 +7,7 @@ tight tolerances are measured against. They are slow, keep no state between call
 from tests.references.adafactor import adafactor
 from tests.references.adamw import adamw
 from tests.references.caspr import caspr
+from tests.references.dion2 import dion2
 from tests.references.kl_shampoo import kl_shampoo
 from tests.references.lion import lion
 from tests.references.muon import muon, newton_schulz, polar_express
@@ -19,6 +20,7 @@ __all__ = [
     "adafactor",
     "adamw",
     "caspr",
+    "dion2",
     "kl_shampoo",
     "lion",
     "muon",

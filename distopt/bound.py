@@ -206,12 +206,13 @@ class Bound:
             start += len(group.windows)
             if len(inert) == len(group.windows):
                 continue
-            sign = factor = -1.0 if engine["maximize"] else 1.0
-            factor *= scale
+            if scale != 1.0:
+                group.scale(scale)
+            if engine["maximize"]:
+                group.negate()
             for age, members in counters.cohorts(inert):
                 others = set(range(len(group.windows))) - members
-                group.step(rule, age + 1, factor, others, self.union)
-                factor = sign  # gradients are left scaled
+                group.step(rule, age + 1, others, self.union)
             counters.advance(inert)
             self._gather(group.windows)
         return Verdict(norm, True, verdict.inert, verdict.partial)

@@ -18,7 +18,7 @@ from distopt.kernels import LANES, fused_kernel
 from distopt.plan.build import GroupPlan
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
-from distopt.state.windows import Window
+from distopt.state.windows import Window, scaled
 
 SMALL = 1 << 14
 """Elements below which a parameter is packed with others: a call costs more than the copy."""
@@ -78,7 +78,8 @@ class BoundElementwise:
     def collect(self, missing: set[int]) -> list[tuple[Tensor, int]]:
         """The gradients as few flat tensors, with the number of ranks that hold one copy of each: the slab of small ones
         (missing ones are zero) and each large one."""
-        if self._plain and not missing:
+        if self._packs_plainly() and not missing:
+            assert self._plain is not None
             self._pack([param.grad for param in self._plain], self.grads)  # type: ignore[misc]
         else:
             present = [k for k, i in enumerate(self.small) if i not in missing]
@@ -96,23 +97,40 @@ class BoundElementwise:
         flats = [(self._large_grads[i], self.windows[i].holders) for i in self.large]
         return flats + [(self.grads[start:stop], holders) for start, stop, holders in self._segments]
 
+    def _packs_plainly(self) -> bool:
+        """Whether small parameters are as plain and contiguous now as they were at bind."""
+        return bool(self._plain) and all(map(torch.Tensor.is_contiguous, self._plain or ()))
+
     def _pack(self, tensors: list[Tensor], slab: Tensor) -> None:
         flat = tensors if self._flat else [tensor.reshape(-1) for tensor in tensors]
         torch.cat(flat, out=slab[: self._segments[-1][1]])
 
-    def step(self, rule: Rule, step: int, scale: float, inert: set[int], union: Domain) -> None:
-        """Step every parameter with `scale` times the gradients last collected; `inert` ones are left alone."""
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients last collected: in place, or in fp32 where they are of lower precision."""
+        torch.mul(self.grads, factor, out=self.grads)
+        self._large_grads = dict(zip(self._large_grads, scaled(list(self._large_grads.values()), factor)))
+        self._return_grads()
+
+    def negate(self) -> None:
+        """Turn the gradients last collected around; those of the parameters stay as they are."""
+        self.grads.neg_()
+        self._large_grads = {i: -grad for i, grad in self._large_grads.items()}
+
+    def step(self, rule: Rule, step: int, inert: set[int], union: Domain) -> None:
+        """Step every parameter with the gradients last collected; `inert` ones are left alone."""
         large = [i for i in self.large if i not in inert]
         weights = {i: self.windows[i].weight() for i in large}
         kernel = fused_kernel(rule)
         parts: list[Part] = []
-        direct = kernel is not None and self._plain and self._direct is not None and not inert and scale == 1.0
+        plain = self._packs_plainly()
+        direct = kernel is not None and plain and self._direct is not None and not inert
         if direct:
             assert kernel is not None and self._plain is not None and self._direct is not None
             kernel(rule, step, self._plain, self._grad_views, self._direct)
         elif self.small:
             saved = {i: {n: t.clone() for n, t in self.windows[i].state.items()} for i in self.small if i in inert}
-            if self._plain:
+            if plain:
+                assert self._plain is not None
                 views = self._plain
                 self._pack(views, self.weights)
             else:
@@ -121,11 +139,6 @@ class BoundElementwise:
             parts.append(Part(self.weights, self.grads, self.slabs))
         for i in large:
             parts.append(Part(weights[i], self._large_grads[i], self.windows[i].state))
-        if abs(scale) != 1.0:
-            torch._foreach_mul_([part.grad for part in parts], abs(scale))
-            self._return_grads()
-        if scale < 0:
-            parts = [Part(part.weight, -part.grad, part.states) for part in parts]
         fused = [p for p in parts if kernel is not None and p.weight.dtype == p.grad.dtype == torch.float32]
         if kernel is not None and fused:
             with _aligned(fused, self.device) as lists:
@@ -140,6 +153,9 @@ class BoundElementwise:
             for i, states in saved.items():
                 for name, value in states.items():
                     self.windows[i].state[name].copy_(value)
+            if not plain:
+                for i in self.small:
+                    self.windows[i].finish()
         for i in large:
             self.windows[i].finish()
 

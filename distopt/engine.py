@@ -16,9 +16,9 @@ from distopt.comm.groups import Domain, Domains
 from distopt.comm.pipeline import Barrier, Run, run_pipelined
 from distopt.comm.reductions import Reductions
 from distopt.plan.build import Bucket, GroupPlan, Stack
-from distopt.plan.trace import Ask, step_values, trace
+from distopt.plan.trace import Ask, Rounds, step_values
 from distopt.rule import Back, Reduction, Rule, Shape, StateView, Whole
-from distopt.state.windows import Window, allocate_stacks, strided
+from distopt.state.windows import Window, allocate_stacks, scaled, strided
 
 IN_FLIGHT = 3
 """Buckets at once: one being packed, one travelling, one being computed."""
@@ -35,11 +35,13 @@ class BoundBucket:
         pieces: dict[int, Any],
         domain: Domain,
         device: torch.device,
+        rounds: Rounds,
     ) -> None:
         self.bucket, self.windows, self.domain, self.device = bucket, windows, domain, device
         self.gpu = device.type != "cpu"
         self.slabs, self.owned_slabs = allocate_stacks(rule, bucket, windows, pieces, device)
         self.reductions = Reductions(bucket, domain, device)
+        self.rounds = rounds
         self.exchange = _routes(bucket, windows, domain) if bucket.exchanged else None
 
     def run(self, rule: Rule, step: int, weights: list[Tensor], grads: list[Tensor], inert: set[int]) -> Run:
@@ -55,10 +57,9 @@ class BoundBucket:
             views.append(StateView(slabs.tensors))
             nothing = torch.empty((0, group.shape.rows, group.shape.cols), device=self.device)
             runs.append(rule.update(nothing, nothing, views[-1], step_values(rule, step, group.shape, self.gpu)))
-        shape = bucket.entries[0].shape
         answers: list[Any] = [None] * len(runs)
         values: list[Tensor] = []
-        for asks in trace(rule, shape, step, self.gpu).rounds:
+        for asks in self.rounds:
             requests = [_normalize(run.send(answer)) for run, answer in zip(runs, answers)]
             answered = yield from self._answer(asks, requests)
             answers = [found if len(asks) > 1 else found[0] for found in answered]
@@ -214,7 +215,10 @@ class BoundGroup:
         for found in pieces.values():
             found.sort(key=lambda piece: piece.rect.offset)
         self.buckets = [
-            BoundBucket(bucket, plan.rule, windows, pieces, domains[bucket.ranks], device) for bucket in plan.buckets
+            BoundBucket(
+                bucket, plan.rule, windows, pieces, domains[bucket.ranks], device, plan.rounds(bucket.entries[0].shape)
+            )
+            for bucket in plan.buckets
         ]
         self._owner_states = self._find_owner_states()
 
@@ -226,11 +230,17 @@ class BoundGroup:
             self._grads.append(torch.zeros(window.numel, device=self.device) if grad is None else grad)
         return [(grad, window.holders) for grad, window in zip(self._grads, self.windows)]
 
-    def step(self, rule: Rule, step: int, scale: float, inert: set[int], union: Domain) -> None:
-        """Update every parameter with `scale` times the gradients last collected; `inert` ones are left alone."""
-        if abs(scale) != 1.0:
-            torch._foreach_mul_(self._grads, abs(scale))
-        grads = self._grads if scale > 0 else [-grad for grad in self._grads]
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients last collected: in place, or in fp32 where they are of lower precision."""
+        self._grads = scaled(self._grads, factor)
+
+    def negate(self) -> None:
+        """Turn the gradients last collected around; those of the parameters stay as they are."""
+        self._grads = [-grad for grad in self._grads]
+
+    def step(self, rule: Rule, step: int, inert: set[int], union: Domain) -> None:
+        """Update every parameter with the gradients last collected; `inert` ones are left alone."""
+        grads = self._grads
         weights = [window.weight() for window in self.windows]
 
         def total(partial: Tensor, op: str) -> Tensor:
@@ -242,7 +252,7 @@ class BoundGroup:
         # Buckets without a parameter that steps are left out; the same ones on every rank.
         active = [b for b in self.buckets if not all(entry.param in inert for entry in b.bucket.entries)]
         runs = (bucket.run(rule, step, weights, grads, inert) for bucket in active)
-        run_pipelined(runs, IN_FLIGHT, total, self._barriers(rule, step))
+        run_pipelined(runs, IN_FLIGHT, total, self._barriers())
         for window in self.windows:
             window.finish()
 
@@ -280,10 +290,6 @@ class BoundGroup:
                     }
         return found
 
-    def _barriers(self, rule: Rule, step: int) -> list[tuple[str, int]]:
-        if not self.plan.specs:
-            return []
-        asks = [
-            ask for asks in trace(rule, Shape(8, 8), step, False).rounds for ask in asks if ask.scope == "optimizer"
-        ]
+    def _barriers(self) -> list[tuple[str, int]]:
+        asks = [ask for asks in self.plan.rounds(Shape(8, 8)) for ask in asks if ask.scope == "optimizer"]
         return [("max" if ask.kind == "max" else "sum", 1) for ask in asks]

@@ -124,6 +124,11 @@ class GroupPlan:
         """Whether the group needs neither sums nor matrices."""
         return self.rule.reach == "elementwise"
 
+    def rounds(self, shape: Shape) -> Rounds:
+        """What the rule asks for, round by round: the same in every step, as the plan's bytes are."""
+        step, _ = next(iter(self.rule.phases().values()))
+        return trace(self.rule, shape, step, self.gpu).rounds
+
     def traces(self, shape: Shape) -> Iterator[tuple[str, float, Trace]]:
         """(phase, share of steps, trace) for a logical shape."""
         for phase, (step, share) in self.rule.phases().items():

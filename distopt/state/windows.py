@@ -107,6 +107,14 @@ class Window:
         return local_tensor(grad).contiguous().view(-1)[self.start : self.stop]
 
 
+def scaled(tensors: list[Tensor], factor: float) -> list[Tensor]:
+    """The tensors times `factor`: in place, except for low precision, whose product is made in fp32."""
+    full = [tensor for tensor in tensors if tensor.dtype == torch.float32]
+    if full:
+        torch._foreach_mul_(full, factor)
+    return [tensor if tensor.dtype == torch.float32 else tensor.float() * factor for tensor in tensors]
+
+
 def _raw(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 

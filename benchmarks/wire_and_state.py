@@ -70,7 +70,7 @@ def run(rank: int, folder: str) -> None:
                 traffic = optimizer.traffic()
                 row |= {"sent": traffic["bytes_sent"], "received": traffic["bytes_received"]}
                 row["hidden"] = sum(params[name].numel() for name in hidden)
-                row["votes"] = 8 * len(params)
+                row["votes"] = 8 * len(params) + 4
             found[f"{layout} {rule}"] = row
             del optimizer, params, groups
     Path(folder, f"{rank}.json").write_text(json.dumps(found))

@@ -19,7 +19,7 @@ from distopt.engine import BoundGroup
 from distopt.layouts import Partition, layout_of, local_tensor
 from distopt.plan.build import BUCKET_BYTES, Group, GroupPlan, Spec, plan_group
 from distopt.plan.report import PlanReport
-from distopt.rule import Rule
+from distopt.rule import Rule, Shape
 from distopt.rules import group_rule
 from distopt.state.counters import Counters
 from distopt.state.faces import Faces
@@ -48,6 +48,7 @@ class Bound:
                     f"parameters lie on {self.device} and on {local_tensor(param).device}; use one optimizer per device"
                 )
         self.names = parameter_names(groups)
+        self._dtypes = [param.dtype for param in self.params]
         _exchange_flat_ranges(self.names, self.params, self.device)
         layouts = [layout_of(param, self.rank) for param in self.params]
         replicas = _ranks(engine["process_group"])
@@ -79,7 +80,9 @@ class Bound:
         if replicas:  # partitioned parameters are reduced over the replicas
             self.domains.create([spec.layout.ranks for plan in self.plans for spec in plan.specs])
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
-        verdict = (8 * len(self.params) if self.union.size > 1 else 0) + (16 if self.norm.size > 1 and checked else 0)
+        verdict = (8 * len(self.params) + 4 if self.union.size > 1 else 0) + (
+            16 if self.norm.size > 1 and checked else 0
+        )
         titles = [f"{i} ({group['rule']})" for i, group in enumerate(groups)]
         self.report = PlanReport(self.plans, titles, self.rank, verdict)
         self.faces = [Faces(bound, self.domains) for bound in self.groups]
@@ -132,22 +135,28 @@ class Bound:
                 "an optimizer whose states are partitioned over replicas cannot be changed or copied once it ran"
             )
         if not self.has_stepped:
-            return {"state": {}, "names": self.names}
+            return {"state": {}, "names": self.names, "params": self.params}
         found = self.snapshot()
         state = {i: found[param] for i, param in enumerate(self.params)}
-        return {"state": state, "names": self.names}
+        return {"state": state, "names": self.names, "params": self.params}
 
     def restore(self, groups: list[dict[str, Any]], exported: dict[str, Any]) -> None:
-        """Take over what an earlier binding exported, as far as parameters are still here (by name)."""
+        """Take over what an earlier binding exported, as far as parameters are still here: the same tensors, or, where
+        tensors were replaced, those of the same names."""
         if not exported["state"]:
             return
         by_name = dict(zip(exported["names"], exported["state"].values()))
+        by_id = dict(zip(map(id, exported["params"]), exported["state"].values()))
+        ids = set(map(id, self.params))
         saved_groups, state, start = [], {}, 0
         for group in groups:
             indices = list(range(start, start + len(group["params"])))
             start += len(indices)
             saved_groups.append({"params": indices})
-            state.update({i: by_name[self.names[i]] for i in indices if self.names[i] in by_name})
+            for i in indices:
+                entry = by_id.get(id(self.params[i])) or (None if by_id.keys() & ids else by_name.get(self.names[i]))
+                if entry:
+                    state[i] = entry
         self.load(groups, {"state": state, "param_groups": saved_groups})
 
     @property
@@ -158,14 +167,21 @@ class Bound:
     def still_holds(self, groups: list[dict[str, Any]]) -> bool:
         """Whether these groups have the parameters that were bound."""
         params = [param for group in groups for param in group["params"]]
-        return len(params) == len(self.params) and all(map(lambda a, b: a is b, params, self.params))
+        same = len(params) == len(self.params) and all(map(lambda a, b: a is b, params, self.params))
+        return same and [param.dtype for param in params] == self._dtypes
 
-    def step(self, rules: list[Rule], engine: dict[str, Any], *, grad_scale: float, found_inf: float | None) -> Verdict:
+    def step(
+        self, groups: list[dict[str, Any]], engine: dict[str, Any], *, grad_scale: float, found_inf: float | None
+    ) -> Verdict:
         """Verdict, then mutation; see Optimizer.step."""
         grads = [param.grad for param in self.params]
-        for name, grad in zip(self.names, grads):
-            if grad is not None and grad.layout is not torch.strided:
-                raise ValueError(f"{name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it")
+        error: ValueError | None = None
+        rules: list[Rule] = []
+        try:
+            rules = self._rules(groups, grads)
+        except ValueError as refused:
+            error = refused
+            grads = [None] * len(grads)
         present = [grad is not None for grad in grads]
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
         lacking = not all(present)
@@ -177,7 +193,17 @@ class Bound:
             collected += group.collect(missing[-1])
             start += len(group.windows)
         flats = [(flat, holders / self.union.size) for flat, holders in collected] if checked else None
-        verdict = reach_verdict(flats, present, self._holds, self.union, self.norm, self.device, found_inf=found_inf)
+        verdict = reach_verdict(
+            flats,
+            present,
+            self._holds,
+            self.union,
+            self.norm,
+            self.device,
+            checked=checked,
+            found_inf=found_inf,
+            error=error,
+        )
         if verdict.partial and engine["missing_grad"] == "raise":
             names = ", ".join(repr(self.names[i]) for i in sorted(verdict.partial)[:5])
             raise ValueError(
@@ -216,6 +242,25 @@ class Bound:
             counters.advance(inert)
             self._gather(group.windows)
         return Verdict(norm, True, verdict.inert, verdict.partial)
+
+    def _rules(self, groups: list[dict[str, Any]], grads: list[Tensor | None]) -> list[Rule]:
+        """The rules with their present hyperparameters.
+
+        Raises:
+            ValueError: one out of range, or one that was changed though states depend on it; a sparse gradient.
+        """
+        for name, grad in zip(self.names, grads):
+            if grad is not None and grad.layout is not torch.strided:
+                raise ValueError(f"{name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it")
+        rules = [group_rule(group) for group in groups]
+        shape = Shape(4, 4)
+        for plan, rule in zip(self.plans, rules):
+            if rule != plan.rule and rule.states(shape).keys() != plan.rule.states(shape).keys():
+                raise ValueError(
+                    f"{type(rule).__name__}: an option that decides which states are kept was changed after bind "
+                    f"({sorted(plan.rule.states(shape))} → {sorted(rule.states(shape))}); build a new optimizer"
+                )
+        return rules
 
     def _gather(self, windows: list[Window]) -> None:
         """Make parameters that are partitioned over replicas whole again: every rank broadcasts what it updated."""
@@ -313,6 +358,15 @@ def parameter_names(groups: list[dict[str, Any]]) -> list[str]:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"several parameters are called {twice[0]!r}")
     return names
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let FSDP2 show its sharded parameters again: after a forward without a backward it shows gathered ones."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def strip_prefixes(name: str) -> str:

@@ -14,7 +14,7 @@ from distopt.bound import strip_prefixes
 from distopt.optimizer import ENGINE_OPTIONS, Optimizer, optimizer_class
 from distopt.rules import rule_class
 
-HEADS = {"lm_head", "head", "output", "embed_out", "score", "classifier", "output_layer", "unembed"}
+HEADS = {"lm_head", "head", "heads", "embed_out", "score", "classifier", "output_layer", "unembed"}
 HIDDEN_MODULES = (nn.Linear, nn.Conv2d, nn.Conv3d)
 
 
@@ -41,9 +41,10 @@ def create_optimizer(
 ) -> Optimizer:
     """Build an optimizer for a model, each parameter with the rule that its role asks for.
 
-    A rule that wants whole matrices gets the weights of hidden linear layers, convolutions and experts; embeddings, the
-    output head, norms, biases and scalars go to `rest`. Other rules get everything. Norms, biases and scalars are not
-    decayed. Tied weights are taken once, as what they are first. The model may be sharded before or after.
+    A rule that wants whole matrices gets the weights of hidden linear layers, 2-D and 3-D convolutions and experts;
+    embeddings, the output head, norms, biases, scalars and what else there is go to `rest`. Other rules get everything.
+    Norms, biases and scalars are not decayed. Tied weights are taken once, as what they are first. The model may be
+    sharded before or after.
 
     Args:
         name: of a rule, as in `distopt.rules.RULES`.
@@ -92,7 +93,8 @@ def create_optimizer(
 def _routes(model: nn.Module) -> Iterator[Route]:
     """Every trainable parameter once, with its role."""
     heads = _output_modules(model)
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    embeddings = {id(p) for m in model.modules() if isinstance(m, tables) for p in m.parameters(recurse=False)}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for key, param in module.named_parameters(prefix, recurse=False):
@@ -100,12 +102,15 @@ def _routes(model: nn.Module) -> Iterator[Route]:
                 continue
             seen.add(id(param))
             name = strip_prefixes(key)
-            leaf = name.rsplit(".", 1)[-1]
-            if id(param) in embeddings or "embed" in leaf or "pos" in leaf.split("_"):
+            *path, leaf = name.split(".")
+            words = leaf.split("_")
+            if id(param) in embeddings or "embed" in leaf or {"pos", "token", "cls"} & set(words):
                 yield Route(name, param, False, param.ndim > 1, "embedding")
-            elif id(module) in heads or (len(name.split(".")) == 2 and name.split(".")[0] in HEADS):
+            elif "Norm" in type(module).__name__ or "bias" in words:
+                yield Route(name, param, False, False, "norm or bias")
+            elif id(module) in heads or (path and (path[0] in HEADS or path[-1] in HEADS)):
                 yield Route(name, param, False, param.ndim > 1, "output head")
-            elif param.ndim < 2:
+            elif param.ndim < 2 or sorted(param.shape)[-2] == 1:
                 yield Route(name, param, False, False, "vector or scalar")
             elif isinstance(module, HIDDEN_MODULES) or type(module).__name__ == "Conv1D":
                 yield Route(name, param, True, True, f"weight of a hidden {type(module).__name__}")

@@ -20,12 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from distopt.bound import Bound, strip_prefixes
+from distopt.bound import Bound, reshard, strip_prefixes
 from distopt.layouts import layout_of, local_tensor
 from distopt.layouts.base import Layout
 from distopt.layouts.region import Rect
 from distopt.plan.geometry import Geometry, geometry_of
-from distopt.rule import State
+from distopt.rule import Shape, State
+from distopt.rules import group_rule
 from distopt.state.agreement import Ranks
 from distopt.state.faces import Faces
 from distopt.state.files import Piece, check_writable, write
@@ -44,6 +45,7 @@ class _Part:
         self, name: str, shape: tuple[int, ...], rect: Rectangle, tensor: Tensor, *, saves: bool = True
     ) -> None:
         self.name, self.shape, self.rect, self.tensor, self.saves = name, shape, rect, tensor, saves
+        self.copies_back: tuple[Tensor, Tensor] | None = None
 
 
 def save(path: str | Path, *, model: nn.Module, optimizer: Any, extra: dict[str, Any] | None = None) -> None:
@@ -113,6 +115,9 @@ def load(path: str | Path, *, model: nn.Module, optimizer: Any) -> dict[str, Any
     with torch.no_grad():
         for part, value in zip(parts, values):
             part.tensor.copy_(value.view(part.tensor.shape))
+            if part.copies_back is not None:
+                target, staged = part.copies_back
+                target.copy_(staged)
         for group, saved, counters in zip(optimizer.param_groups, groups, bound.counters):
             options = saved["options"]
             group.update({key: _restored(value) for key, value in options.items()})
@@ -129,6 +134,13 @@ def _check(reader: Reader, parts: list[_Part], groups: Any, optimizer: Any, name
             raise CheckpointError(
                 f"group {number} was saved by rule {saved['options']['rule']!r}, here it is {group['rule']!r}"
             )
+        options = {key: _restored(value) for key, value in saved["options"].items()}
+        for shape in (Shape(1, 4, 1), Shape(4, 4)):
+            there, ours = (set(group_rule({**group, **o}).states(shape)) for o in (options, {}))
+            if there != ours:
+                raise CheckpointError(
+                    f"group {number} was saved with options that keep states {sorted(there)}, here it keeps {sorted(ours)}"
+                )
         here = [names[id(param)] for param in group["params"]]
         if sorted(here) != sorted(saved["names"]):
             lacking, extra = sorted(set(here) - set(saved["names"])), sorted(set(saved["names"]) - set(here))
@@ -139,6 +151,8 @@ def _check(reader: Reader, parts: list[_Part], groups: Any, optimizer: Any, name
         raise CheckpointError(f"the checkpoint has {len(groups)} groups, the optimizer {len(optimizer.param_groups)}")
     known = set(reader.names())
     wanted = {part.name for part in parts}
+    if known - wanted:
+        raise CheckpointError(f"the checkpoint has {sorted(known - wanted)[:5]} besides ({len(known - wanted)} in all)")
     if wanted - known:
         raise CheckpointError(f"the checkpoint lacks {sorted(wanted - known)[:5]} ({len(wanted - known)} in all)")
     for part in parts:
@@ -154,9 +168,9 @@ def _parts(model: nn.Module, bound: Bound, names: dict[int, str]) -> Iterator[_P
     for name, param in model.named_parameters():
         if id(param) not in mine:
             yield from _tensor_parts(f"model/{strip_prefixes(name)}", param, layout_of(param, bound.rank), bound.rank)
-    persistent = model.state_dict().keys()
+    persistent = {strip_prefixes(key) for key in model.state_dict()}
     for name, buffer in model.named_buffers():
-        if name in persistent:
+        if strip_prefixes(name) in persistent:
             yield from _tensor_parts(f"model/{strip_prefixes(name)}", buffer, layout_of(buffer, bound.rank), bound.rank)
     for group, faces in zip(bound.groups, bound.faces):
         for number, window in enumerate(group.windows):
@@ -173,15 +187,15 @@ def _parts(model: nn.Module, bound: Bound, names: dict[int, str]) -> Iterator[_P
 
 def _tensor_parts(name: str, tensor: Tensor, layout: Layout, rank: int) -> Iterator[_Part]:
     local = local_tensor(tensor)
-    if not local.is_contiguous():
-        yield _Part(name, layout.shape, (0, *_view(layout.shape)[:1], 0, _view(layout.shape)[1]), local)
-        return
+    staged = local.contiguous()  # itself, unless its storage is laid out otherwise (channels_last)
     index = layout.ranks.index(rank)
     rects = layout.rects(index, max(len(layout.shape) - 1, 0))
-    flat = local.view(-1)
+    flat = staged.view(-1)
     for rect in rects:
         view = _strided(flat, rect.r1 - rect.r0, rect.c1 - rect.c0, rect.stride, rect.offset)
-        yield _Part(name, layout.shape, (rect.r0, rect.r1, rect.c0, rect.c1), view, saves=_primary(tensor))
+        part = _Part(name, layout.shape, (rect.r0, rect.r1, rect.c0, rect.c1), view, saves=_primary(tensor))
+        part.copies_back = None if local.is_contiguous() else (local, staged)
+        yield part
     if not rects:
         yield _Part(name, layout.shape, (0, 0, 0, 0), flat[:0].view(0, 0), saves=_primary(tensor))
 
@@ -269,6 +283,7 @@ def _primary(tensor: Tensor) -> bool:
 
 def _names(model: nn.Module, bound: Bound) -> dict[int, str]:
     """Fully qualified names by parameter identity; what the model does not know keeps the optimizer's name."""
+    reshard(model)
     names = {id(param): strip_prefixes(name) for name, param in model.named_parameters()}
     for param, name in zip(bound.params, bound.names):
         if id(param) not in names:

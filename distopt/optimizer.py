@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distopt.bound import Bound, parameter_names, strip_prefixes
+from distopt.bound import Bound, parameter_names, reshard, strip_prefixes
 from distopt.plan.geometry import logical_of
 from distopt.plan.report import PlanReport
 from distopt.rule import require
@@ -40,7 +40,7 @@ class Optimizer(torch.optim.Optimizer):
         max_grad_norm: clip the global gradient norm, over every group and mesh, each shard counted once. Gradients are
             left clipped, as torch.nn.utils.clip_grad_norm_ leaves them.
         nonfinite: a NaN or infinity in any gradient on any rank raises ("raise"), skips the step on every rank
-            ("skip"), or is not looked for (None: no extra pass).
+            ("skip"), or is not looked for (None: no extra pass; with max_grad_norm such a step is skipped all the same).
         missing_grad: a gradient that is there on some ranks only counts as zero ("zero") or raises ("raise"). One that
             is nowhere leaves its parameter untouched.
         process_group: replicas (DDP) to partition states and work over; updated parameters are gathered.
@@ -75,7 +75,7 @@ class Optimizer(torch.optim.Optimizer):
         require(
             limit is None or (math.isfinite(limit) and limit > 0), f"max_grad_norm must be > 0 or None, got {limit}"
         )
-        self.engine = engine
+        self.engine = _Engine(engine)
         self.last_grad_norm: float | None = None
         self.skipped_steps = 0
         self.routing: list[tuple[str, str, str]] = []
@@ -141,14 +141,13 @@ class Optimizer(torch.optim.Optimizer):
             self.defaults = before
         try:
             _check_group(self.param_groups[-1], len(self.param_groups) - 1)
+            pending = self._bound.export() if self._bound is not None else self._pending
             if self._constructed:  # the constructor looks once, at all groups
                 parameter_names(self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
-        if self._bound is not None:
-            self._pending = self._bound.export()
-            self._bound = None
+        self._pending, self._bound = pending, None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -162,12 +161,11 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rules = [group_rule(group) for group in self.param_groups]
         bound = self._bind()
         scale = getattr(self, "grad_scale", None)
         found = getattr(self, "found_inf", None)
         outcome = bound.step(
-            rules,
+            self.param_groups,
             self.engine,
             grad_scale=1.0 if scale is None else float(scale),
             found_inf=None if found is None else float(found),
@@ -250,10 +248,18 @@ class Optimizer(torch.optim.Optimizer):
         model = self._model() if self._model is not None else None
         if model is None:
             return
+        reshard(model)
         now = {strip_prefixes(name): param for name, param in model.named_parameters(remove_duplicate=False)}
         for group in self.param_groups:
             names = [strip_prefixes(name) for name in group["param_names"]]
             group["params"] = [now.get(name, param) for name, param in zip(names, group["params"])]
+
+
+class _Engine(dict[str, Any]):
+    """The keyword-only options. A deep copy shares the process groups, which cannot be copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
+        return _Engine(self)
 
 
 def _defaults(rule: str) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def reach_verdict(
     norm: Domain,
     device: torch.device,
     *,
+    checked: bool = True,
     found_inf: float | None = None,
+    error: ValueError | None = None,
 ) -> Verdict:
     """Reduce what this rank sees.
 
@@ -70,9 +72,15 @@ def reach_verdict(
         holds: per parameter, whether this rank holds any of its elements; one that holds none abstains.
         union: the ranks that hold these parameters.
         norm: the ranks that the norm is taken over: the union, or more (pipeline stages).
+        checked: whether the ranks look for a norm at all.
         found_inf: what a gradient scaler found here; None: there is no scaler, on any rank.
+        error: why this rank cannot take the step; it says so before it raises, so that nobody waits for it.
+
+    Raises:
+        ValueError: `error`, or that another rank has one.
     """
-    squares = math.inf if found_inf else 0.0
+    squares = math.inf if found_inf or error else 0.0
+    failed = error is not None
     if flats is not None and not found_inf:
         squares = math.fsum(square_sum(flat) * share for flat, share in flats) if flats else 0.0
     count = len(present)
@@ -80,21 +88,27 @@ def reach_verdict(
         inert, partial = frozenset(i for i in range(count) if not present[i]), frozenset[int]()
     else:
         votes = torch.tensor(
-            [*present, *(h and not p for h, p in zip(holds, present))], dtype=torch.float32, device=device
+            [*present, *(h and not p for h, p in zip(holds, present)), failed], dtype=torch.float32, device=device
         )
         _sum(union, votes)
-        there, lacking = votes[:count].tolist(), votes[count:].tolist()
+        *both_votes, failures = votes.tolist()
+        there, lacking = both_votes[:count], both_votes[count:]
+        failed = failures > 0
         inert = frozenset(i for i in range(count) if not there[i])
         partial = frozenset(i for i in range(count) if there[i] and lacking[i])
-    if flats is None and found_inf is None:
-        return Verdict(None, True, inert, partial)
-    if norm.size > 1:
+    if norm.size > 1 and (checked or found_inf is not None):
         finite = math.isfinite(squares)
         both = torch.tensor([squares if finite else 0.0, 0.0 if finite else 1.0], dtype=torch.float64, device=device)
         _sum(norm, both)
         squares, bad = both.tolist()
         if bad:
             squares = math.inf
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError("this step was refused on another rank, whose error says why; nothing was changed")
+    if not checked and found_inf is None:
+        return Verdict(None, True, inert, partial)
     total = math.sqrt(squares) if math.isfinite(squares) else math.inf
     return Verdict(None if flats is None else total, math.isfinite(squares), inert, partial)
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from distopt.comm.exchange import Exchange, Segment
 from distopt.comm.groups import Domains
-from distopt.layouts import Sharded, local_tensor
+from distopt.layouts import Partition, Sharded, local_tensor
 from distopt.layouts.dtensor import Axis
 from distopt.plan.build import Entry
 from distopt.plan.geometry import Geometry, Logical, geometry_of, logical_of
@@ -69,7 +69,7 @@ class Faces:
 
     def _view(self, window: Window, name: str, face: tuple[int, ...]) -> Tensor:
         param = window.param
-        if not isinstance(param, DTensor):
+        if not isinstance(param, DTensor) or isinstance(window.spec.layout, Partition):
             if name not in window.state:
                 window.state[name] = torch.zeros(0, device=param.device)
             flat = window.state[name]

@@ -57,6 +57,12 @@ def load_state_dict(
         for position, index in enumerate(order):
             entry = saved["state"].get(index)
             if not entry:
+                param = faces[number].windows[position].param
+                if saved["state"] and param.requires_grad and ages[position]:
+                    raise ValueError(
+                        f"{names[number][position]!r}: the state dict has no state for it, while this optimizer has; "
+                        "to start afresh build a new optimizer"
+                    )
                 continue
             # torch's SGD and Muon keep no counter: that there is a state says that there was a step.
             ages[position] = int(entry.get("step", 1))

@@ -85,7 +85,7 @@ def exchanged() -> Bytes:
             weight.grad = distribute_tensor(torch.randn(shape), mesh, [Shard(0)])
             params[f"{layer}.{name}"] = weight
     built = distopt.Muon(params.items(), nonfinite=None)
-    votes = 8 * len(params)
+    votes = 8 * len(params) + 4
     built.plan  # noqa: B018  (bind before counting)
     with counting() as counted:
         built.step()

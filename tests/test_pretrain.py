@@ -504,6 +504,18 @@ def test_every_layout_trains_as_one_process_and_its_checkpoint_loads_there(tmp_p
     assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), results[0][-1])
 
 
+@pytest.mark.parametrize(
+    "arguments", [[], ["--mesh.replicate", "4"], ["--mesh.tp", "2"]], ids=["FSDP2", "DDP", "FSDP2xTP"]
+)
+def test_bf16_on_ranks_is_close_to_fp32_and_not_the_same(tmp_path, arguments):
+    loss, gradient, *_ = layout_run([], 1, tmp_path)
+    bf16 = [*arguments, "--train.precision", "bf16", "--train.micro_batch_size", "1"]
+    for rank_loss, rank_gradient, _, weights in pool(4).run("tests.test_pretrain:layout_run", bf16, 4, tmp_path):
+        assert rank_loss == pytest.approx(loss, rel=1e-2)
+        assert 1e-4 < relative_error(rank_gradient, gradient) < 5e-2  # 8 bits of mantissa
+        assert weights.dtype == rank_gradient.dtype == torch.float32
+
+
 # Checkpoints
 
 

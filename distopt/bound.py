@@ -77,8 +77,6 @@ class Bound:
             make = BoundElementwise if plan.elementwise else BoundGroup
             self.groups.append(make(plan, windows, self.domains, self.device))
             start = stop
-        if replicas:  # partitioned parameters are reduced over the replicas
-            self.domains.create([spec.layout.ranks for plan in self.plans for spec in plan.specs])
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
         verdict = (8 * len(self.params) + 4 if self.union.size > 1 else 0) + (
             16 if self.norm.size > 1 and checked else 0

@@ -122,14 +122,11 @@ class BoundBucket:
         return targets + [sample.new_empty((0, o.shape.rows, o.shape.cols)) for o in bucket.owned]
 
     def _partial(self, ask: Ask, column: list[Reduction]) -> Tensor:
-        """This rank's part of a sum of optimizer scope; replicated copies are counted once by the caller's weights."""
+        """This rank's part of a sum of optimizer scope. Every replica of a parameter adds its copy."""
         parts = [request.x for request in column[: len(self.bucket.stacks)]]
         if ask.kind == "max":
             return torch.stack([part.amax() for part in parts]).amax().view(1)
-        share = 1.0 / self.copies
-        return sum((part.sum() for part in parts), torch.zeros((), device=self.device)).view(1) * share
-
-    copies: float = 1.0
+        return sum((part.sum() for part in parts), torch.zeros((), device=self.device)).view(1)
 
     def _commit(self, views: list[StateView], values: list[Tensor], weights: list[Tensor], inert: set[int]) -> None:
         """Write new states and weights; parameters without a gradient anywhere stay as they were."""
@@ -206,7 +203,6 @@ class BoundGroup:
 
     def __init__(self, plan: GroupPlan, windows: list[Window], domains: Domains, device: torch.device) -> None:
         self.plan, self.windows, self.domains, self.device = plan, windows, domains, device
-        domains.create([bucket.ranks for bucket in plan.buckets])
         pieces: dict[int, list[Any]] = {}
         for bucket in plan.buckets:
             for stack in bucket.stacks:

@@ -58,7 +58,14 @@ from torch.nn.functional import cross_entropy
 
 import distopt
 import distopt.checkpoint
-from distopt.schedules import WarmupCosine, WarmupStableDecay
+from distopt.schedules import (
+    WarmupConstant,
+    WarmupCosine,
+    WarmupCyclic,
+    WarmupInverseSqrt,
+    WarmupLinear,
+    WarmupStableDecay,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -281,13 +288,24 @@ def build_schedule(config: Config) -> Callable[[int], float]:
         ValueError: for warmup or decay that do not fit into train.steps.
     """
     chosen, steps = config.schedule, config.train.steps
-    if chosen.kind == "cosine":
-        return WarmupCosine(total_steps=steps, warmup_steps=chosen.warmup_steps, min_lr_ratio=chosen.min_lr_ratio)
+    warmup, low = chosen.warmup_steps, chosen.min_lr_ratio
+    match chosen.kind:
+        case "cosine":
+            return WarmupCosine(total_steps=steps, warmup_steps=warmup, min_lr_ratio=low)
+        case "linear":
+            return WarmupLinear(total_steps=steps, warmup_steps=warmup, min_lr_ratio=low)
+        case "inverse_sqrt":
+            return WarmupInverseSqrt(warmup_steps=warmup)
+        case "constant":
+            return WarmupConstant(warmup_steps=warmup)
+        case "cyclic":
+            cycle = max(2, steps // 5) if chosen.cycle_steps is None else chosen.cycle_steps
+            return WarmupCyclic(cycle_steps=cycle, warmup_steps=warmup, min_lr_ratio=low)
     return WarmupStableDecay(
         total_steps=steps,
-        warmup_steps=chosen.warmup_steps,
+        warmup_steps=warmup,
         decay_steps=steps // 5 if chosen.decay_steps is None else chosen.decay_steps,
-        min_lr_ratio=chosen.min_lr_ratio,
+        min_lr_ratio=low,
         decay_shape=chosen.decay_shape or "linear",
     )
 

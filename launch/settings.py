@@ -37,22 +37,28 @@ class ScheduleConfig:
     """The learning rate over `train.steps`; see distopt.schedules.
 
     Attributes:
-        kind: warmup then cosine, or warmup, stable, decay.
+        kind: what follows the warmup: cosine, linear, inverse_sqrt, cyclic, constant, or wsd: stable, then decay.
         warmup_steps: steps of linear warmup.
         decay_steps: with wsd only: steps of decay at the end; null is a fifth of the run.
         decay_shape: with wsd only.
-        min_lr_ratio: the last learning rate over the peak.
+        cycle_steps: with cyclic only: length of a cycle; null is a fifth of the run.
+        min_lr_ratio: the last (cyclic: the lowest) learning rate over the peak; inverse_sqrt and constant have none.
     """
 
-    kind: Literal["cosine", "wsd"] = "cosine"
+    kind: Literal["cosine", "wsd", "linear", "inverse_sqrt", "cyclic", "constant"] = "cosine"
     warmup_steps: int = 0
     decay_steps: int | None = None
     decay_shape: Literal["linear", "sqrt", "cosine"] | None = None
+    cycle_steps: int | None = None
     min_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.kind == "cosine" and (self.decay_steps is not None or self.decay_shape is not None):
-            raise ValueError("schedule.decay_steps and decay_shape belong to schedule.kind='wsd'; cosine has neither")
+        if self.kind != "wsd" and (self.decay_steps is not None or self.decay_shape is not None):
+            raise ValueError(
+                f"schedule.decay_steps and decay_shape belong to schedule.kind='wsd'; {self.kind} has neither"
+            )
+        if self.kind != "cyclic" and self.cycle_steps is not None:
+            raise ValueError(f"schedule.cycle_steps belongs to schedule.kind='cyclic'; {self.kind} has none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,6 +127,7 @@ def test_unknown_yaml_key_is_an_error_with_the_nearest_name(tmp_path, text, mess
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--model.from_dir", "x", "--model.hidden_size", "64"], "from_dir already fixes hidden_size"),
         (["--schedule.decay_steps", "5"], "belong to schedule.kind='wsd'"),
+        (["--schedule.cycle_steps", "5"], "belongs to schedule.kind='cyclic'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
@@ -142,6 +143,12 @@ def test_every_recipe_loads_and_its_mesh_batch_and_schedule_fit(path):
     mesh = model_building.resolve_mesh(config.mesh, shape, world_size)
     assert pretrain.resolve_micro_batch(config, mesh) >= 1
     assert pretrain.build_schedule(config)(config.train.steps) == config.schedule.min_lr_ratio
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "linear", "inverse_sqrt", "cyclic", "constant"])
+def test_every_kind_of_schedule_warms_up_to_the_peak(kind):
+    schedule = pretrain.build_schedule(load("--schedule.kind", kind, "--schedule.warmup_steps", "5"))
+    assert [schedule(step) for step in (0, 5)] == [0.2, 1.0]
 
 
 # Mesh

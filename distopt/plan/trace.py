@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from distopt.plan.flops import flops_of
 from distopt.rule import Back, Reduction, Request, Rule, Shape, State, StateView, Step, Whole
 
 ITEMS, OWNED, ROWS, COLS = 2, 13, 3, 5
@@ -42,10 +42,16 @@ Rounds = tuple[tuple[Ask, ...], ...]
 
 @dataclass(frozen=True)
 class Trace:
-    """The rounds of requests of one step, and the FLOPs spent between Whole and Back on one matrix."""
+    """The rounds of requests of one step, and the FLOPs spent between Whole and Back on one matrix, by kind of work as
+    `cost.Rates` has rates for (matrix products by dtype, factorizations by name)."""
 
     rounds: Rounds
-    flops: int
+    work: tuple[tuple[str, int], ...]
+
+    @property
+    def flops(self) -> int:
+        """All FLOPs."""
+        return sum(flops for _, flops in self.work)
 
     def asks(self, kind: str) -> list[Ask]:
         """All requests of one kind."""
@@ -73,10 +79,9 @@ def trace(rule: Rule, shape: Shape, step: int, gpu: bool) -> Trace:
     """
     rounds = _meaning(rule, shape.ndim, step, gpu)
     if not any(ask.kind == "whole" for asks in rounds for ask in asks):
-        return Trace(rounds, 0)
-    with FlopCounterMode(display=False) as counter:
-        _, flops = _run(rule, shape, step, gpu, (1, shape.rows, shape.cols), 1, counter)
-    return Trace(rounds, flops)
+        return Trace(rounds, ())
+    _, work = _run(rule, shape, step, gpu, (1, shape.rows, shape.cols), 1)
+    return Trace(rounds, tuple(work.items()))
 
 
 @lru_cache(maxsize=1024)
@@ -87,13 +92,12 @@ def _meaning(rule: Rule, ndim: int, step: int, gpu: bool) -> Rounds:
 
 
 def _run(
-    rule: Rule, shape: Shape, step: int, gpu: bool, piece: tuple[int, int, int], owned: int, counter: Any = None
-) -> tuple[tuple[tuple[Ask, ...], ...], int]:
+    rule: Rule, shape: Shape, step: int, gpu: bool, piece: tuple[int, int, int], owned: int
+) -> tuple[tuple[tuple[Ask, ...], ...], dict[str, int]]:
     states = StateView({name: _meta(state, piece, (owned, *state.shape)) for name, state in rule.states(shape).items()})
     grad, weight = torch.empty(piece, device="meta"), torch.empty(piece, device="meta")
     guard = PieceGuard(type(rule).__name__, piece)
     rounds: list[tuple[Ask, ...]] = []
-    flops = before = 0
     with guard:
         run = rule.update(grad, weight, states, step_values(rule, step, shape, gpu))
         answer: Any = None
@@ -102,15 +106,11 @@ def _run(
                 requests = run.send(answer)
             except StopIteration as end:
                 assert tuple(end.value.shape) == piece, f"{type(rule).__name__} returned weights of another shape"
-                return tuple(rounds), flops
+                return tuple(rounds), guard.work
             several = isinstance(requests, tuple)
             asked: tuple[Request, ...] = requests if several else (requests,)
             rounds.append(tuple(_ask(request, piece) for request in asked))
             guard.at_owner = isinstance(asked[0], Whole) or (guard.at_owner and not isinstance(asked[0], Back))
-            if counter is not None and isinstance(asked[0], Whole):
-                before = counter.get_total_flops()
-            if counter is not None and isinstance(asked[0], Back):
-                flops += counter.get_total_flops() - before
             with torch.utils._python_dispatch._disable_current_modes():
                 answers = tuple(_answer(request, piece, (owned, shape.rows, shape.cols)) for request in asked)
             answer = answers if several else answers[0]
@@ -151,15 +151,21 @@ def _answer(request: Request, piece: tuple[int, int, int], whole: tuple[int, int
 
 
 class PieceGuard(TorchDispatchMode):
-    """Refuses an operation that takes a piece and loses one of its dims, outside Whole … Back."""
+    """Refuses an operation that takes a piece and loses one of its dims, outside Whole … Back; inside, counts `work`."""
 
     def __init__(self, name: str, piece: tuple[int, int, int]) -> None:
         super().__init__()
         self.name, self.piece, self.at_owner = name, piece, False
+        self.work: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.at_owner or not isinstance(out, Tensor):
+        if self.at_owner:
+            counted = flops_of(func, args, kwargs or {}, out)
+            if counted:
+                self.work[counted[0]] = self.work.get(counted[0], 0) + counted[1]
+            return out
+        if not isinstance(out, Tensor):
             return out
         for x in args:
             if not isinstance(x, Tensor) or x.ndim != 3:

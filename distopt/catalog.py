@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
-from distopt.rule import Shape, State
+from distopt.rule import Rule, Shape, State
 from distopt.rules import RULES, rule_class
 
 MATRIX, VECTOR = Shape(1009, 2003), Shape(1, 2003, 1)
@@ -56,20 +56,21 @@ def optimizer_info(name: str) -> OptimizerInfo:
         name=name,
         optimizer=RULES[name],
         family=rule.reach,
-        matrix_states={key: _words(state, MATRIX) for key, state in rule.states(MATRIX).items()},
+        matrix_states={key: _words(state, MATRIX, rule) for key, state in rule.states(MATRIX).items()},
         vector_states=None
         if rule.refuse(VECTOR)
-        else {key: _words(state, VECTOR) for key, state in rule.states(VECTOR).items()},
+        else {key: _words(state, VECTOR, rule) for key, state in rule.states(VECTOR).items()},
         defaults={field.name: field.default for field in fields(cls)},
         description=inspect.cleandoc(cls.__doc__ or ""),
         source=inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""),
     )
 
 
-def _words(state: State, shape: Shape) -> str:
-    """The shape of a state in terms of the parameter's."""
+def _words(state: State, shape: Shape, rule: Rule) -> str:
+    """The shape of a state in terms of the parameter's, and of the rule's `rank` where it has one (at most the shorter
+    side of a matrix)."""
     whole = "rows × cols" if shape.is_matrix else "n"
-    words = {shape.rows: "rows", shape.cols: "cols"}
+    words = {getattr(rule, "rank", 0): "rank", 1: "1", shape.rows: "rows", shape.cols: "cols"}
     return {
         "like": whole,
         "row": "rows × 1" if shape.is_matrix else "1",

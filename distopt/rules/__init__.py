@@ -36,6 +36,7 @@ RULES = {
     "caspr": "CASPR",
     "kl_shampoo": "KLShampoo",
     "soap": "SOAP",
+    "galore": "GaLore",
 }
 """Name → class; the file has the name."""
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from distopt.optimizer import Optimizer
 
 __version__ = "0.1.0.dev0"
-__all__ = ["Optimizer", "checkpoint", "create_optimizer", "layouts", "list_optimizers", "optimizer_info", "schedules"]
+__all__ = ["Optimizer", "averaging", "checkpoint", "create_optimizer", "layouts", "list_optimizers", "optimizer_info"]
+__all__ += ["schedules"]
 __all__ += RULES.values()
 
 
@@ -28,7 +29,7 @@ def __getattr__(name: str) -> Any:
 
             globals()[name] = optimizer_class(rule)
             return globals()[name]
-    if name in ("checkpoint", "layouts", "schedules"):
+    if name in ("averaging", "checkpoint", "layouts", "schedules"):
         return importlib.import_module(f"distopt.{name}")
     sources = {
         "Optimizer": "distopt.optimizer",

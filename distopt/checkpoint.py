@@ -10,7 +10,7 @@ stacked by rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from distopt.averaging import Average
 from distopt.bound import Bound, reshard, strip_prefixes
 from distopt.layouts import layout_of, local_tensor
 from distopt.layouts.base import Layout
@@ -48,7 +49,14 @@ class _Part:
         self.copies_back: tuple[Tensor, Tensor] | None = None
 
 
-def save(path: str | Path, *, model: nn.Module, optimizer: Any, extra: dict[str, Any] | None = None) -> None:
+def save(
+    path: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: Any,
+    extra: dict[str, Any] | None = None,
+    averages: Mapping[str, Average] | None = None,
+) -> None:
     """Write a checkpoint directory; collective over all ranks of the default group.
 
     Args:
@@ -56,6 +64,7 @@ def save(path: str | Path, *, model: nn.Module, optimizer: Any, extra: dict[str,
         model: whose parameters and persistent buffers are saved.
         optimizer: one of this package's.
         extra: JSON-able; comes back from `load` (schedule, data position, random number generators).
+        averages: of this model's weights, by a name of your choice.
 
     Raises:
         CheckpointError: the same on every rank; what was there before is intact.
@@ -74,9 +83,11 @@ def save(path: str | Path, *, model: nn.Module, optimizer: Any, extra: dict[str,
         ],
         "aliases": _aliases(model),
         "extra": extra or {},
+        "averages": {label: average.num_updates for label, average in (averages or {}).items()},
     }
     document = _plain(document)
-    parts = [part for part in _parts(model, bound, names) if part.saves]
+    everything = [*_parts(model, bound, names), *_average_parts(averages or {}, bound.rank)]
+    parts = [part for part in everything if part.saves]
     pieces = (Piece(part.name, part.shape, part.rect, part.tensor) for part in _once(parts))
     write(Path(path), pieces, document)
 
@@ -90,7 +101,9 @@ def _once(parts: list[_Part]) -> list[_Part]:
     return [part for part, key in zip(parts, keys) if key not in earlier]
 
 
-def load(path: str | Path, *, model: nn.Module, optimizer: Any) -> dict[str, Any]:
+def load(
+    path: str | Path, *, model: nn.Module, optimizer: Any, averages: Mapping[str, Average] | None = None
+) -> dict[str, Any]:
     """Read a checkpoint into a model and its optimizer, laid out in any way; collective.
 
     Hyperparameters of the groups are the checkpoint's. Everything is verified before anything is changed.
@@ -109,7 +122,7 @@ def load(path: str | Path, *, model: nn.Module, optimizer: Any) -> dict[str, Any
     with ranks.together(), torch.no_grad():
         names = _names(model, bound)
         groups = reader.document["groups"]
-        parts = list(_parts(model, bound, names))
+        parts = [*_parts(model, bound, names), *_average_parts(averages or {}, bound.rank)]
         _check(reader, parts, groups, optimizer, names)
         values = [reader.read(part.name, part.rect) for part in parts]
     with torch.no_grad():
@@ -123,6 +136,8 @@ def load(path: str | Path, *, model: nn.Module, optimizer: Any) -> dict[str, Any
             group.update({key: _restored(value) for key, value in options.items()})
             ages = dict(zip(saved["names"], saved["steps"]))
             counters.assign([ages[names[id(param)]] for param in group["params"]])
+    for label, average in (averages or {}).items():
+        average.num_updates = reader.document["averages"][label]
     extra: dict[str, Any] = reader.document["extra"]
     reader.close()
     return extra
@@ -183,6 +198,12 @@ def _parts(model: nn.Module, bound: Bound, names: dict[int, str]) -> Iterator[_P
                 for part in _state_parts(f"state/{name}/{key}", key, state, number, faces):
                     part.saves = part.saves and primary
                     yield part
+
+
+def _average_parts(averages: Mapping[str, Average], rank: int) -> Iterator[_Part]:
+    for label, average in averages.items():
+        for name, param, kept in average.tensors():
+            yield from _tensor_parts(f"average/{label}/{name}", kept, layout_of(param, rank), rank)
 
 
 def _tensor_parts(name: str, tensor: Tensor, layout: Layout, rank: int) -> Iterator[_Part]:

@@ -177,6 +177,10 @@ class Bound:
         rules: list[Rule] = []
         try:
             rules = self._rules(groups, grads)
+            for group in self.groups:
+                alarm = group.alarm()
+                if alarm is not None:
+                    raise ValueError(alarm)
         except ValueError as refused:
             error = refused
             grads = [None] * len(grads)

@@ -97,6 +97,9 @@ class BoundElementwise:
         flats = [(self._large_grads[i], self.windows[i].holders) for i in self.large]
         return flats + [(self.grads[start:stop], holders) for start, stop, holders in self._segments]
 
+    def alarm(self) -> None:
+        """Nothing here can fail in a way that is counted."""
+
     def _packs_plainly(self) -> bool:
         """Whether small parameters are as plain and contiguous now as they were at bind."""
         return bool(self._plain) and all(map(torch.Tensor.is_contiguous, self._plain or ()))

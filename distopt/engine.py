@@ -51,12 +51,13 @@ class BoundBucket:
         views: list[StateView] = []
         for stack, slabs in zip(bucket.stacks, self.slabs):
             views.append(StateView(slabs.tensors))
-            h = step_values(rule, step, stack.shape, self.gpu)
+            h = step_values(rule, step, stack.shape, self.gpu, stack.turns)
             runs.append(rule.update(_load(grads, stack), _load(weights, stack), views[-1], h))
         for group, slabs in zip(bucket.owned, self.owned_slabs):
             views.append(StateView(slabs.tensors))
             nothing = torch.empty((0, group.shape.rows, group.shape.cols), device=self.device)
-            runs.append(rule.update(nothing, nothing, views[-1], step_values(rule, step, group.shape, self.gpu)))
+            h = step_values(rule, step, group.shape, self.gpu, group.turns)
+            runs.append(rule.update(nothing, nothing, views[-1], h))
         answers: list[Any] = [None] * len(runs)
         values: list[Tensor] = []
         for asks in self.rounds:
@@ -217,6 +218,17 @@ class BoundGroup:
             for bucket in plan.buckets
         ]
         self._owner_states = self._find_owner_states()
+        self._alarms = [
+            (
+                f"{windows[entry.param].spec.name!r}: {name}",
+                self._owner_states[entry.param, entry.matrix][name],
+                state.limit,
+            )
+            for bound in self.buckets
+            for entry in bound.bucket.entries
+            for name, state in plan.rule.states(entry.shape).items()
+            if state.limit is not None and (entry.param, entry.matrix) in self._owner_states
+        ]
 
     def collect(self, missing: set[int]) -> list[tuple[Tensor, int]]:
         """The gradients, flat (zero where missing), with the number of ranks that hold one copy of each."""
@@ -251,6 +263,20 @@ class BoundGroup:
         run_pipelined(runs, IN_FLIGHT, total, self._barriers())
         for window in self.windows:
             window.finish()
+
+    def alarm(self) -> str | None:
+        """What must stop training: a state that counts failures is above its limit. Reads a few numbers of the device."""
+        if not self._alarms:
+            return None
+        values = torch.cat([tensor.view(-1) for _, tensor, _ in self._alarms]).tolist()
+        for value, (name, _, limit) in zip(values, self._alarms):
+            if value > limit:
+                return (
+                    f"{name} is {value:g}, above {limit:g}: {type(self.plan.rule).__name__} failed to refresh it so many "
+                    "times in a row. Its factor is not finite or too ill-conditioned: go back to an earlier checkpoint, "
+                    "raise eps, or keep non-finite gradients out (nonfinite='raise' or 'skip')"
+                )
+        return None
 
     def owner_state(self, param: int, matrix: int, name: str) -> Tensor:
         """A state (rows, cols) of a matrix that is computed on this rank."""

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
+
+MAX_FAILURES = 3
+"""Refreshes in a row that may fail before training stops with an error."""
 
 Scope = Literal["matrix", "tensor", "optimizer"]
 Kind = Literal["like", "row", "col", "matrix", "optimizer", "owner"]
@@ -93,11 +96,14 @@ class State:
     kind: "like" lies as the parameter does, element for element; "row" is `(rows, 1)`, "col" is `(1, cols)`, "matrix"
     is one number per logical matrix, "optimizer" one number per parameter group; "owner" lives with whoever computes
     the matrix and has the `shape` given here.
+
+    limit: of an "owner" state that counts what went wrong; above it, the next step raises on every rank.
     """
 
     kind: Kind = "like"
     shape: tuple[int, int] = (0, 0)
     fill: float = 0.0
+    limit: float | None = None
 
 
 class StateView:
@@ -127,8 +133,10 @@ class StateView:
 
 class Step:
     """What changes from step to step, handed to `update` as `h`: `lr`, `weight_decay`, `step` (1 on the first), the
-    logical `shape`, whether it runs on a `gpu`, and whatever the rule's `scalars` returned."""
+    logical `shape`, whether it runs on a `gpu`, which of the rule's `recurring` work is `due`, and whatever its `scalars`
+    returned."""
 
+    due: frozenset[str]
     gpu: bool
     lr: float
     weight_decay: float
@@ -183,9 +191,60 @@ class Rule:
         """Kinds of steps that ask for different things or cost differently: name → (an example step, share of steps)."""
         return {"step": (2, 1.0)}
 
+    def recurring(self, shape: Shape) -> dict[str, float]:
+        """Work that is not done in every step: name → cost, in any unit. Each matrix's items take turns, dealt out so that
+        every step costs the same; which are due is in `h.due`."""
+        return {}
+
+    def turns(self) -> int:
+        """Over how many steps recurring work is dealt out; 1: all of it in the same step."""
+        return 1
+
+    def due(self, step: int, turn: int) -> bool:
+        """Whether recurring work whose turn is 0 … turns() − 1 is done in this step; turn 0 is the published schedule."""
+        raise NotImplementedError
+
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Any:
         """The paper. Returns the new weights (elementwise), or is a generator that does."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TwoSided(Rule):
+    """Base of rules that keep something per side of a matrix, refreshed every `precondition_frequency` steps at a cubic
+    cost: all sides in the same step with `synchronous`, else each in its turn, so that every step costs the same. A side
+    longer than `max_precond_dim` has nothing."""
+
+    _: KW_ONLY
+    synchronous: bool = False
+
+    def check(self) -> None:
+        super().check()
+        for name in ("precondition_frequency", "max_precond_dim"):
+            require(getattr(self, name) >= 1, f"{name} must be ≥ 1, got {getattr(self, name)}")
+
+    def sides(self, shape: Shape) -> dict[str, int]:
+        """The sides that have something, with their lengths."""
+        lengths = {"left": shape.rows, "right": shape.cols} if shape.is_matrix else {}
+        return {side: n for side, n in lengths.items() if n <= self.max_precond_dim}  # type: ignore[attr-defined]
+
+    def recurring(self, shape: Shape) -> dict[str, float]:
+        return {side: float(n) ** 3 for side, n in self.sides(shape).items()}
+
+    def failures(self, shape: Shape) -> dict[str, State]:
+        """Per side, how many refreshes in a row have failed: what is there is kept, but not for ever."""
+        return {f"failures_{side}": State("owner", (1, 1), limit=MAX_FAILURES) for side in self.sides(shape)}
+
+    def turns(self) -> int:
+        return 1 if self.synchronous else self.precondition_frequency  # type: ignore[attr-defined]
+
+    def due(self, step: int, turn: int) -> bool:
+        return step > 1 and (step - 1 - turn) % self.precondition_frequency == 0  # type: ignore[attr-defined]
+
+    def phases(self) -> dict[str, tuple[int, float]]:
+        every = self.precondition_frequency  # type: ignore[attr-defined]
+        refresh = next(step for step in range(2, 2 * every + 2) if self.due(step, 0))
+        return {"refresh": (refresh, 1 / every), "step": (refresh + 1, 1 - 1 / every)}
 
 
 def require(condition: bool, message: str) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import distopt
+from distopt.matrix.eigenbasis import counted
 from distopt.plan.trace import step_values
-from distopt.rule import Rule, Shape, StateView
+from distopt.rule import MAX_FAILURES, Rule, Shape, StateView
 from distopt.rules import rule_class
 
 SHAPES = {"tall": (12, 5), "wide": (4, 9), "square": (6, 6), "row": (1, 7), "column": (7, 1), "experts": (2, 3, 4)}
@@ -158,3 +159,29 @@ def test_bad_options_are_refused() -> None:
     for name in ("NorMuon", "KLShampoo", "Dion2"):
         with pytest.raises(ValueError, match=r"needs a matrix.*rule='adamw'"):
             getattr(distopt, name)([("bias", nn.Parameter(torch.ones(4)))])
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if "Shampoo" in name or name == "CASPR"])
+def test_a_root_that_keeps_failing_is_counted_and_then_an_error(name: str) -> None:
+    """With the check of gradients off, a NaN stays in the factors for good."""
+    options = {**RULES[name], "precondition_frequency": 1, "max_precond_dim": 100}
+    weight = nn.Parameter(torch.zeros(6, 6))
+    optimizer = getattr(distopt, name.split("-")[0])([("w", weight)], nonfinite=None, **options)
+    for step in range(2):
+        weight.grad = gradient("full", (6, 6), step, 2)
+        optimizer.step()
+    kept = {
+        key: value.clone() for key, value in optimizer.state[weight].items() if key.split("_")[0] in ("root", "basis")
+    }
+    weight.grad = torch.full((6, 6), torch.nan)
+    for _ in range(MAX_FAILURES + 1):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"'w': failures_left is 4, above 3"):
+        optimizer.step()
+    state = optimizer.state[weight]
+    assert state["failures_left"].item() == state["failures_right"].item() == MAX_FAILURES + 1
+    assert kept and all(torch.equal(state[key], value) for key, value in kept.items()), "the last good ones are kept"
+
+
+def test_a_root_that_fails_once_is_forgiven() -> None:
+    assert counted(torch.full((2, 1, 1), 2.0), torch.tensor([True, False])).flatten().tolist() == [0, 3]

@@ -84,6 +84,11 @@ def reorder(x: Tensor, order: Tensor, dim: int) -> Tensor:
     return x.take_along_dim(order.unsqueeze(-1 if dim == -2 else -2), dim)
 
 
+def counted(failures: Tensor, ok: Tensor) -> Tensor:
+    """How many times in a row something failed, (k, 1, 1): one more where not `ok` (k,), else none."""
+    return torch.where(ok[:, None, None], 0.0, failures + 1)
+
+
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     """Eigenvalues, ascending, and eigenvectors of one symmetric (n, n) matrix; None if no precision converges.
 

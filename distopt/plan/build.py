@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -46,12 +47,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Entry:
-    """One logical matrix of a bucket. `owner` is a position in the bucket's domain."""
+    """One logical matrix of a bucket. `turns` says when its recurring work is done, `owner` is a position in the bucket's
+    domain."""
 
     param: int
     matrix: int
     shape: Shape
     geometry: Geometry
+    turns: tuple[int, ...] = ()
     owner: int | None = None
 
     def split(self, dim: int | None) -> bool:
@@ -70,10 +73,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stack:
-    """Pieces of this rank with the same logical shape and the same rectangle, handed to the rule at once."""
+    """Pieces of this rank with the same logical shape, rectangle and turns, handed to the rule at once."""
 
     shape: Shape
     pieces: tuple[Piece, ...]
+    turns: tuple[int, ...] = ()
 
     @property
     def rect(self) -> Rect:
@@ -89,10 +93,11 @@ class Stack:
 
 @dataclass(frozen=True)
 class Owned:
-    """Matrices of one shape that this rank computes together: indices of entries."""
+    """Matrices of one shape, with the same turns, that this rank computes together: indices of entries."""
 
     shape: Shape
     entries: tuple[int, ...]
+    turns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,7 @@ def plan_group(group: Group, rank: int) -> GroupPlan:
     plan = GroupPlan(rule, specs, group.gpu)
     if plan.elementwise:
         return plan
+    turns = deal_turns(rule, specs)
     domains: dict[tuple[int, ...], list[tuple[int, Spec, Geometry]]] = defaultdict(list)
     for number, spec in enumerate(specs):
         logical = logical_of(spec.layout.shape, flatten=rule.reach == "matrix")
@@ -162,7 +168,8 @@ def plan_group(group: Group, rank: int) -> GroupPlan:
             shape = geometry.logical.shape
             if shape.numel:
                 rounds = tuple(trace.rounds for _, _, trace in plan.traces(shape))
-                alike[rounds] += [Entry(number, matrix, shape, geometry) for matrix in range(geometry.logical.count)]
+                count = geometry.logical.count
+                alike[rounds] += [Entry(number, m, shape, geometry, turns.get((number, m), ())) for m in range(count)]
         # Only matrices that ask for the same things, round by round, can advance together.
         for rounds, entries in alike.items():
             if any(ask.kind == "whole" for asks in rounds[0] for ask in asks):
@@ -171,6 +178,25 @@ def plan_group(group: Group, rank: int) -> GroupPlan:
                 chunks = _chunks(entries, len(ranks), together=True)
                 plan.buckets += [_bucket(specs, rule, ranks, chunk, rank, exchanged=False) for chunk in chunks]
     return plan
+
+
+def deal_turns(rule: Rule, specs: Sequence[Spec]) -> dict[tuple[int, int], tuple[int, ...]]:
+    """(parameter, matrix) → when its recurring work is done: the heaviest items first, each to the turn that has least.
+
+    Only shapes and the order of parameters decide, so the schedule is the same on every layout and number of ranks.
+    """
+    items: list[tuple[int, int]] = []
+    costs: list[Load] = []
+    for number, spec in enumerate(specs):
+        logical = logical_of(spec.layout.shape, flatten=rule.reach == "matrix")
+        for matrix in range(logical.count):
+            work = rule.recurring(logical.shape)
+            items += [(number, matrix)] * len(work)
+            costs += [(cost, 0.0) for cost in work.values()]
+    found: dict[tuple[int, int], tuple[int, ...]] = {}
+    for item, turn in zip(items, assign_owners(costs, rule.turns())):
+        found[item] = (*found.get(item, ()), turn)
+    return found
 
 
 def partition_replicas(
@@ -257,29 +283,30 @@ def _chunks(entries: list[Entry], ranks: int, *, together: bool = False) -> Iter
 def _bucket(
     specs: Sequence[Spec], rule: Rule, ranks: tuple[int, ...], entries: list[Entry], rank: int, *, exchanged: bool
 ) -> Bucket:
-    alike: dict[tuple[Shape, int, int, int, int, tuple[int, int] | None], list[Piece]] = defaultdict(list)
+    alike: dict[tuple[Shape, tuple[int, ...], int, int, int, int, Any], list[Piece]] = defaultdict(list)
     for number, entry in enumerate(entries):
         index = specs[entry.param].index
         alone = len(entry.geometry.pieces(index)) == 1
         for rect in entry.geometry.pieces_of(index, entry.matrix):
             # Pieces of several parameters are stacked only where each is all that its parameter has here: then their
             # states share one slab, and nothing is copied.
-            key = (entry.shape, rect.r0, rect.r1, rect.c0, rect.c1, None if alone else (entry.param, rect.stride))
+            siblings = None if alone else (entry.param, rect.stride)
+            key = (entry.shape, entry.turns, rect.r0, rect.r1, rect.c0, rect.c1, siblings)
             alike[key].append(Piece(number, entry.param, rect))
     stacks = []
-    for (shape, *_, siblings), pieces in alike.items():
+    for (shape, turns, *_, siblings), pieces in alike.items():
         limit = stack_limit(rule, shape) if siblings is None or _evenly_spaced(pieces) else 1
-        stacks += [Stack(shape, tuple(pieces[i : i + limit])) for i in range(0, len(pieces), limit)]
+        stacks += [Stack(shape, tuple(pieces[i : i + limit]), turns) for i in range(0, len(pieces), limit)]
     owned = []
     if exchanged:
         me = ranks.index(rank)
-        by_shape: dict[Shape, list[int]] = defaultdict(list)
+        by_shape: dict[tuple[Shape, tuple[int, ...]], list[int]] = defaultdict(list)
         for number, entry in enumerate(entries):
             if entry.owner == me:
-                by_shape[entry.shape].append(number)
-        for shape, numbers in by_shape.items():
+                by_shape[entry.shape, entry.turns].append(number)
+        for (shape, turns), numbers in by_shape.items():
             limit = stack_limit(rule, shape)
-            owned += [Owned(shape, tuple(numbers[i : i + limit])) for i in range(0, len(numbers), limit)]
+            owned += [Owned(shape, tuple(numbers[i : i + limit]), turns) for i in range(0, len(numbers), limit)]
     return Bucket(ranks, tuple(entries), tuple(stacks), tuple(owned), exchanged)
 
 

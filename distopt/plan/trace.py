@@ -58,9 +58,11 @@ class Trace:
         return [ask for asks in self.rounds for ask in asks if ask.kind == kind]
 
 
-def step_values(rule: Rule, step: int, shape: Shape, gpu: bool) -> Step:
-    """The `h` of a step."""
+def step_values(rule: Rule, step: int, shape: Shape, gpu: bool, turns: tuple[int, ...] = ()) -> Step:
+    """The `h` of a step, for matrices whose recurring work has these turns (none given: all have turn 0)."""
+    work = rule.recurring(shape)
     return Step(
+        due=frozenset(name for name, turn in zip(work, turns or [0] * len(work)) if rule.due(step, turn)),
         gpu=gpu,
         lr=rule.lr,  # type: ignore[attr-defined]
         weight_decay=getattr(rule, "weight_decay", 0.0),

@@ -8,21 +8,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from distopt.matrix.eigenbasis import eigenbasis
-from distopt.rule import Back, Rule, Shape, State, Update, Whole, require
+from distopt.matrix.eigenbasis import counted, eigenbasis
+from distopt.rule import Back, Shape, State, TwoSided, Update, Whole, require
 from distopt.rules.soap import rotate, rotate_back
 
 
 @dataclass(frozen=True)
-class KLShampoo(Rule):
+class KLShampoo(TwoSided):
     """W ← W − lr S_L^(−1/2) M S_R^(−1/2), where each factor is a running mean of the gradient's covariance in the metric
     of the other one, S_L ← ⟨G S_R^(−1) Gᵀ⟩ / cols and S_R ← ⟨Gᵀ S_L^(−1) G⟩ / rows, and M a running mean of G.
 
     The variant with QR and a running mean of eigenvalues (github.com/yorkerlin/KL-Methods): between refreshes, every
     `precondition_frequency` steps, bases stay and eigenvalues follow each gradient; a refresh is one power iteration
-    and a QR decomposition, after the step. Eigenvalues begin at `init_factor` and do not fall below 1 /
-    max(10, min(n, 4000))² for a side of n. The first step only initializes. Nothing is bias-corrected. Weight decay
-    comes after the update.
+    and a QR decomposition, after the step, of all bases at once with `synchronous`, else side by side in turns.
+    Eigenvalues begin at `init_factor` and do not fall below 1 / max(10, min(n, 4000))² for a side of n. The first step
+    only initializes. Nothing is bias-corrected. Weight decay comes after the update.
 
     lr: the size of a step in each rotated coordinate where the gradient keeps its sign, as Adam's.
 
@@ -45,8 +45,6 @@ class KLShampoo(Rule):
     def check(self) -> None:
         super().check()
         require(self.init_factor > 0, f"init_factor must be above 0, got {self.init_factor}")
-        for name in ("precondition_frequency", "max_precond_dim"):
-            require(getattr(self, name) >= 1, f"{name} must be ≥ 1, got {getattr(self, name)}")
 
     def states(self, shape: Shape) -> dict[str, State]:
         states = {"exp_avg": State("owner", (shape.rows, shape.cols))}
@@ -54,14 +52,7 @@ class KLShampoo(Rule):
             states[f"eigenvalues_{side}"] = State("owner", (size, 1), fill=self.init_factor)
             if size <= self.max_precond_dim:
                 states[f"factor_{side}"] = states[f"basis_{side}"] = State("owner", (size, size))
-        return states
-
-    def scalars(self, step: int) -> dict[str, Any]:
-        return {"refreshing": step > 1 and (step - 1) % self.precondition_frequency == 0}
-
-    def phases(self) -> dict[str, tuple[int, float]]:
-        refreshes = 1 / self.precondition_frequency
-        return {"step": (2, 1 - refreshes), "refresh": (self.precondition_frequency + 1, refreshes)}
+        return states | self.failures(shape)
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
         g = yield Whole(grad)
@@ -96,7 +87,9 @@ class KLShampoo(Rule):
         setattr(state, f"factor_{side}", factor)
         if h.step == 1:
             setattr(state, f"basis_{side}", eigenbasis(factor).q)
-        elif h.refreshing:
+        elif side in h.due:
             old = getattr(state, f"basis_{side}")
             new = torch.linalg.qr(factor @ old)[0]
-            setattr(state, f"basis_{side}", torch.where(new.isfinite().all((-2, -1), keepdim=True), new, old))
+            ok = new.isfinite().flatten(1).all(1)
+            setattr(state, f"basis_{side}", torch.where(ok[:, None, None], new, old))
+            setattr(state, f"failures_{side}", counted(getattr(state, f"failures_{side}"), ok))

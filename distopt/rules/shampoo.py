@@ -8,17 +8,19 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor
 from torch.linalg import matrix_norm as norm
 
+from distopt.matrix.eigenbasis import counted
 from distopt.matrix.inverse_root import RootMethod, inverse_root
-from distopt.rule import Back, Rule, Shape, State, Update, Whole, require
+from distopt.rule import Back, Shape, State, TwoSided, Update, Whole, require
 
 
 @dataclass(frozen=True)
-class Shampoo(Rule):
+class Shampoo(TwoSided):
     """W ← W − lr L^(−1/4) M R^(−1/4), where L and R are running means of G Gᵀ and Gᵀ G with weight 1 − betas[1], and M
     one of G with 1 − betas[0], all bias-corrected. Weight decay is decoupled. The variant is Meta's DistributedShampoo(
     betas=(0, .99), precondition_frequency=1, start_preconditioning_step=1) without blocks and merged dims: roots of
-    factors that have this step's gradient in them, at step 1 and every multiple of `precondition_frequency`, `eps` added
-    to the diagonal, by "eigh", "newton" or "qr" (from the last eigenbasis).
+    factors that have this step's gradient in them, at step 1 and every multiple of `precondition_frequency` (with
+    `synchronous`; else side by side in turns), `eps` added to the diagonal, by "eigh", "newton" or "qr" (from the last
+    eigenbasis).
 
     lr: without grafting, a step's spectral norm is about lr. `grafting` gives each step the Frobenius norm, and so lr
     the units, of another rule: "sgd" (M), "adagrad" (M / (√Σg² + grafting_eps)), "adam" (mean with betas[1] for sum).
@@ -49,35 +51,27 @@ class Shampoo(Rule):
         )
         require(self.root in get_args(RootMethod), f"root: one of {get_args(RootMethod)}, got {self.root!r}")
         require(self.eps > 0 and self.grafting_eps > 0, "eps and grafting_eps must be above 0: zeros are divided by it")
-        for name in ("precondition_frequency", "max_precond_dim"):
-            require(getattr(self, name) >= 1, f"{name} must be ≥ 1, got {getattr(self, name)}")
 
     def refuse(self, shape: Shape) -> str | None:
         return None
-
-    def sides(self, shape: Shape) -> dict[str, int]:
-        """The sides that have a factor, with their lengths."""
-        lengths = {"left": shape.rows, "right": shape.cols} if shape.is_matrix else {}
-        return {side: length for side, length in lengths.items() if length <= self.max_precond_dim}
 
     def states(self, shape: Shape) -> dict[str, State]:
         moment = State("owner", (shape.rows, shape.cols)) if shape.is_matrix else State("like")
         states = {"exp_avg": moment} if self.betas[0] else {}
         states |= {"exp_avg_sq": moment} if self.grafting != "sgd" and (self.grafting or not self.sides(shape)) else {}
         kept = ("factor", "root", "basis") if self.root == "qr" else ("factor", "root")
-        return states | {f"{name}_{s}": State("owner", (n, n)) for s, n in self.sides(shape).items() for name in kept}
+        states |= {f"{name}_{s}": State("owner", (n, n)) for s, n in self.sides(shape).items() for name in kept}
+        return states | self.failures(shape)
 
     def scalars(self, step: int) -> dict[str, Any]:
         decay = 1.0 if self.grafting == "adagrad" else self.betas[1]
         return {
             "corrections": [1 - beta**step for beta in self.betas],
             "squares": (decay, (1 - decay) or 1.0, (1 - decay**step) or 1.0),
-            "refreshing": step == 1 or step % self.precondition_frequency == 0,
         }
 
-    def phases(self) -> dict[str, tuple[int, float]]:
-        every = self.precondition_frequency
-        return {"refresh": (2 * every, 1 / every), "step": (2 * every + 1, 1 - 1 / every)}
+    def due(self, step: int, turn: int) -> bool:
+        return step == 1 or (step - turn) % self.precondition_frequency == 0
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
         g = grad
@@ -106,11 +100,12 @@ class Shampoo(Rule):
         """Add G Gᵀ or Gᵀ G to its factor and, where it is time, take the factor's root (… + eps)^(−1/p)."""
         factor = getattr(state, f"factor_{side}").lerp(product, 1 - self.betas[1])
         setattr(state, f"factor_{side}", factor)
-        if h.refreshing:
+        if side in h.due:
             basis = getattr(state, f"basis_{side}") if self.root == "qr" and h.step > 1 else None
             last, mean = getattr(state, f"root_{side}"), factor / h.corrections[1]
             found = inverse_root(mean, p, method=self.root, eps=self.eps, previous=last, basis=basis)
             setattr(state, f"root_{side}", found.root)
+            setattr(state, f"failures_{side}", counted(getattr(state, f"failures_{side}"), found.ok))
             if self.root == "qr":
                 setattr(state, f"basis_{side}", found.basis)
 

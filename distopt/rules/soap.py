@@ -8,20 +8,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from distopt.matrix.eigenbasis import Basis, eigenbasis, refresh, reorder
-from distopt.rule import Back, Rule, Shape, State, Update, Whole, require
+from distopt.matrix.eigenbasis import Basis, counted, eigenbasis, refresh, reorder
+from distopt.rule import Back, Shape, State, TwoSided, Update, Whole, require
 
 SIDES = (("left", -2), ("right", -1))
 
 
 @dataclass(frozen=True)
-class SOAP(Rule):
+class SOAP(TwoSided):
     """Adam on the gradient rotated into the eigenbases of its running covariances L = ⟨G Gᵀ⟩ and R = ⟨Gᵀ G⟩.
 
     The variant of github.com/nikhilvyas/SOAP: the first step only initializes L, R and their bases; weight decay comes
-    after the update; every `precondition_frequency` steps, after the step, the bases are refreshed by one power
-    iteration and a QR decomposition, columns sorted by estimated eigenvalue. A side longer than `max_precond_dim`
-    keeps the identity. On vectors it is Adam. Adam's first moment is kept in the rotated basis, and is rotated over
+    after the update; every `precondition_frequency` steps, after the step, a basis is refreshed by one power iteration
+    and a QR decomposition, columns sorted by estimated eigenvalue: all bases in the same step with `synchronous`, as
+    published; else side by side in turns, so that every step costs the same. A side longer than `max_precond_dim` keeps
+    the identity. On vectors it is Adam. Adam's first moment is kept in the rotated basis, and is rotated over
     when the basis changes.
 
     lr is what Adam's is: the size of a step in each rotated coordinate where the gradient keeps its sign. Compute is
@@ -42,10 +43,6 @@ class SOAP(Rule):
     def check(self) -> None:
         super().check()
         require(self.shampoo_beta < 1, f"shampoo_beta must be < 1 (negative: beta2), got {self.shampoo_beta}")
-        require(
-            self.precondition_frequency >= 1, f"precondition_frequency must be ≥ 1, got {self.precondition_frequency}"
-        )
-        require(self.max_precond_dim >= 1, f"max_precond_dim must be ≥ 1, got {self.max_precond_dim}")
 
     def refuse(self, shape: Shape) -> str | None:
         return None
@@ -55,22 +52,16 @@ class SOAP(Rule):
             return {"exp_avg": State("like"), "exp_avg_sq": State("like")}
         full = State("owner", (shape.rows, shape.cols))
         states = {"exp_avg": full, "exp_avg_sq": full}
-        for side, size in zip(("left", "right"), (shape.rows, shape.cols)):
-            if size <= self.max_precond_dim:
-                states[f"gram_{side}"] = states[f"basis_{side}"] = State("owner", (size, size))
-        return states
+        for side, size in self.sides(shape).items():
+            states[f"gram_{side}"] = states[f"basis_{side}"] = State("owner", (size, size))
+        return states | self.failures(shape)
 
     def scalars(self, step: int) -> dict[str, Any]:
         beta1, beta2 = self.betas
         adam_step = max(step - 1, 1)  # the first step does not count
         return {
             "step_size": self.lr * (1 - beta2**adam_step) ** 0.5 / (1 - beta1**adam_step),
-            "refreshing": step > 1 and (step - 1) % self.precondition_frequency == 0,
         }
-
-    def phases(self) -> dict[str, tuple[int, float]]:
-        refreshes = 1 / self.precondition_frequency
-        return {"step": (2, 1 - refreshes), "refresh": (self.precondition_frequency + 1, refreshes)}
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
         if h.shape.is_matrix:
@@ -94,7 +85,7 @@ class SOAP(Rule):
     def precondition(self, g: Tensor, state: Any, h: Any) -> None:
         """Add the gradient's covariances, and refresh the bases where it is time."""
         beta = self.betas[1] if self.shampoo_beta < 0 else self.shampoo_beta
-        first = rotate_back(state.exp_avg, state) if h.refreshing else None
+        first = rotate_back(state.exp_avg, state) if h.due else None
         for side, dim in SIDES:
             if not hasattr(state, f"gram_{side}"):  # longer than max_precond_dim
                 continue
@@ -102,9 +93,10 @@ class SOAP(Rule):
             setattr(state, f"gram_{side}", gram)
             if h.step == 1:
                 setattr(state, f"basis_{side}", eigenbasis(gram).q)
-            elif h.refreshing:
+            elif side in h.due:
                 new: Basis = refresh(gram, getattr(state, f"basis_{side}"))
                 setattr(state, f"basis_{side}", new.q)
+                setattr(state, f"failures_{side}", counted(getattr(state, f"failures_{side}"), new.ok))
                 state.exp_avg_sq = reorder(state.exp_avg_sq, new.order, dim)
         if first is not None:
             state.exp_avg = rotate(first, state)

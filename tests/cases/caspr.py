@@ -7,7 +7,13 @@ CASE = Case(
     optimizer="CASPR",
     ndims=frozenset({0, 1, 2, 3}),
     variants={
-        "adam": {"betas": (0.9, 0.99), "grafting": "adam", "precondition_frequency": 3, "eps": 1e-2},
+        "adam": {
+            "betas": (0.9, 0.99),
+            "grafting": "adam",
+            "precondition_frequency": 3,
+            "eps": 1e-2,
+            "synchronous": True,
+        },
         "default": {"eps": 1e-6},
         "one_side": {"betas": (0.9, 0.95), "max_precond_dim": 32, "weight_decay": 0.1, "root": "newton", "eps": 1e-4},
     },

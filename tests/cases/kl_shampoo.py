@@ -1,7 +1,7 @@
 """KL-Shampoo against the naive reference, where the first factors have full rank."""
 
 from tests.cases import Case, Oracle
-from tests.cases.soap import full_rank
+from tests.cases.soap import AT_ONCE, full_rank
 from tests.references import kl_shampoo
 
 CASE = Case(
@@ -9,10 +9,11 @@ CASE = Case(
     first_update=2,
     ndims=frozenset({2, 3}),
     variants={
-        "default": {"lr": 1e-3},
+        "default": AT_ONCE | {"lr": 1e-3},
         "frequent": {"lr": 0.01, "precondition_frequency": 1, "weight_decay": 0.1},
-        "short_sides": {"lr": 0.01, "precondition_frequency": 3, "max_precond_dim": 16, "betas": (0.9, 0.95)},
-        "one_side": {"lr": 0.01, "precondition_frequency": 2, "max_precond_dim": 64, "eps": 1e-3, "init_factor": 1.0},
+        "short_sides": AT_ONCE | {"lr": 0.01, "precondition_frequency": 3, "max_precond_dim": 16, "betas": (0.9, 0.95)},
+        "one_side": AT_ONCE
+        | {"lr": 0.01, "precondition_frequency": 2, "max_precond_dim": 64, "eps": 1e-3, "init_factor": 1.0},
     },
     oracles=(
         Oracle(

@@ -9,15 +9,23 @@ def stable(shape: Shape, options: Options) -> bool:
     return options.get("root") != "qr" or len(shape) < 2 or 0 in shape or shape[-1] == shape[-2]
 
 
+FREQUENT = {"precondition_frequency": 2, "synchronous": True}
+
 CASE = Case(
     optimizer="Shampoo",
     ndims=frozenset({0, 1, 2, 3}),
     variants={
-        "adam": {"betas": (0.9, 0.99), "grafting": "adam", "precondition_frequency": 3, "eps": 1e-2},
+        "adam": {
+            "betas": (0.9, 0.99),
+            "grafting": "adam",
+            "precondition_frequency": 3,
+            "eps": 1e-2,
+            "synchronous": True,
+        },
         "default": {},
-        "one_side": {"betas": (0.9, 0.95), "max_precond_dim": 32, "weight_decay": 0.1, "precondition_frequency": 2},
+        "one_side": {"betas": (0.9, 0.95), "max_precond_dim": 32, "weight_decay": 0.1, **FREQUENT},
         "newton": {"root": "newton", "grafting": "sgd", "eps": 1e-2},
-        "qr": {"root": "qr", "grafting": "adagrad", "precondition_frequency": 2, "eps": 1e-2},
+        "qr": {"root": "qr", "grafting": "adagrad", "eps": 1e-2, **FREQUENT},
     },
     oracles=(
         Oracle(

@@ -6,10 +6,14 @@ import torch
 from tests.cases import Case, Options, Oracle, Shape, public
 from tests.references import soap
 
+AT_ONCE: Options = {"synchronous": True}
+"""Oracles see one weight: they know no turns."""
+
 
 def for_pytorch_optimizer(options: Options) -> Options:
-    """Its name for the longest preconditioned dim."""
-    return {{"max_precond_dim": "max_precondition_dim"}.get(name, name): value for name, value in options.items()}
+    """Its name for the longest preconditioned dim; it refreshes all at once."""
+    renamed = {{"max_precond_dim": "max_precondition_dim"}.get(name, name): value for name, value in options.items()}
+    return {name: value for name, value in renamed.items() if name != "synchronous"}
 
 
 def is_vector(shape: Shape, options: Options) -> bool:
@@ -30,10 +34,10 @@ CASE = Case(
     first_update=2,
     ndims=frozenset({0, 1, 2, 3}),
     variants={
-        "default": {},
+        "default": AT_ONCE,
         "frequent": {"lr": 0.01, "precondition_frequency": 1, "weight_decay": 0.1},
-        "short_sides": {"lr": 0.01, "precondition_frequency": 3, "max_precond_dim": 16, "betas": (0.9, 0.95)},
-        "one_side": {"precondition_frequency": 2, "max_precond_dim": 64, "shampoo_beta": 0.9, "eps": 1e-6},
+        "short_sides": AT_ONCE | {"lr": 0.01, "precondition_frequency": 3, "max_precond_dim": 16, "betas": (0.9, 0.95)},
+        "one_side": AT_ONCE | {"precondition_frequency": 2, "max_precond_dim": 64, "shampoo_beta": 0.9, "eps": 1e-6},
     },
     oracles=(
         Oracle(name="vectors", run=soap, where=is_vector, rel=2e-6, why="Adam, float32 rounding of the weights"),

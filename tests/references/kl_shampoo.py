@@ -16,13 +16,14 @@ def kl_shampoo(
     weight_decay: float = 0.01,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10000,
+    synchronous: bool = True,
     init_factor: float = 0.1,
 ) -> Tensor:
     """w ← w − lr Q_L ((Q_Lᵀ m Q_R) / √(λ_L λ_Rᵀ)) Q_Rᵀ, with bases and eigenvalues from before this gradient.
 
     Then λ_L ← ⟨mean over columns of (Q_Lᵀ g Q_R)² / λ_R⟩ and S_L ← ⟨g Q_R λ_R⁻¹ Q_Rᵀ gᵀ⟩ / cols, the right side alike,
     and, every `precondition_frequency` steps, Q ← QR(S Q). A side longer than `max_precond_dim` keeps Q = I.
-    A 3-D weight is a stack of experts.
+    A 3-D weight is a stack of experts. `synchronous`: a reference takes no turns.
     """
     if weight.ndim == 3:
         options = {name: value for name, value in locals().items() if name not in ("weight", "grads")}

@@ -31,6 +31,7 @@ def shampoo(
     weight_decay: float = 0.0,
     precondition_frequency: int = 1,
     max_precond_dim: int = 10000,
+    synchronous: bool = True,
     root: str = "eigh",
     grafting: str | None = None,
     grafting_eps: float = 1e-8,
@@ -40,7 +41,7 @@ def shampoo(
 
     A side longer than `max_precond_dim` has the identity, and the other one the root −1/2; without any side, as for
     vectors, a step is the grafted rule's, or Adam's with β₂. "newton" is "eigh" in exact arithmetic.
-    A 3-D weight is a stack of experts, each a matrix of its own.
+    A 3-D weight is a stack of experts, each a matrix of its own. `synchronous`: a reference takes no turns.
     """
     if weight.ndim == 3:
         options = {name: value for name, value in locals().items() if name not in ("weight", "grads")}

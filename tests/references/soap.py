@@ -17,13 +17,14 @@ def soap(
     weight_decay: float = 0.01,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10000,
+    synchronous: bool = True,
 ) -> Tensor:
     """Adam in the eigenbases of Shampoo's factors L = ⟨g gᵀ⟩ and R = ⟨gᵀ g⟩; on vectors, Adam.
 
     The variant: the first step only initializes the factors and their bases; weight decay comes after the update;
     the bases are refreshed after the step, by one power iteration and a QR decomposition, with their columns sorted by
     estimated eigenvalue; a side longer than `max_precond_dim` keeps the identity. `shampoo_beta=-1` is β₂.
-    A 3-D weight is a stack of experts, each a matrix of its own.
+    A 3-D weight is a stack of experts, each a matrix of its own. `synchronous`: a reference takes no turns.
     """
     if weight.ndim == 3:
         options = {name: value for name, value in locals().items() if name not in ("weight", "grads")}

@@ -41,3 +41,9 @@ def _left_vectors(x: Tensor) -> Tensor | None:
         except RuntimeError:  # LAPACK says LinAlgError; cuSOLVER, on ill-conditioned matrices, only a status
             continue
     return None
+
+
+def gaussian(rows: int, cols: int, seed: int, device: torch.device) -> Tensor:
+    """Standard normal numbers (rows, cols), fp32, that depend on the shape, the seed and the kind of device alone."""
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+    return torch.randn(rows, cols, generator=generator, device=device)

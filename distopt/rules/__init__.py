@@ -37,6 +37,8 @@ RULES = {
     "kl_shampoo": "KLShampoo",
     "soap": "SOAP",
     "galore": "GaLore",
+    "apollo": "APOLLO",
+    "apollo_mini": "APOLLOMini",
 }
 """Name → class; the file has the name."""
 

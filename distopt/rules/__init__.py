@@ -39,6 +39,7 @@ RULES = {
     "galore": "GaLore",
     "apollo": "APOLLO",
     "apollo_mini": "APOLLOMini",
+    "scion": "Scion",
 }
 """Name → class; the file has the name."""
 

@@ -40,6 +40,7 @@ RULES = {
     "apollo": "APOLLO",
     "apollo_mini": "APOLLOMini",
     "scion": "Scion",
+    "dion": "Dion",
 }
 """Name → class; the file has the name."""
 

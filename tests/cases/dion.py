@@ -1,0 +1,20 @@
+"""Dion against the naive reference."""
+
+from tests.cases import Case, Oracle
+from tests.references.dion import dion
+
+CASE = Case(
+    optimizer="Dion",
+    ndims=frozenset({2, 3}),
+    variants={
+        "quarter": {"rank_fraction": 0.25, "mu": 0.9, "weight_decay": 0.1},
+        "default": {},
+        "half": {"rank_fraction": 0.5, "adjust_lr_fn": "match_rms_adamw", "seed": 7},
+    },
+    oracles=(
+        Oracle(name="reference", run=dion, rel=1e-4, why="power iterations amplify rounding of close directions"),
+    ),
+    sharded=0,
+    sharded_stacks=0,
+    sharded_why="amplifies rounding; matrices are computed one by one",
+)

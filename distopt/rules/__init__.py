@@ -41,6 +41,8 @@ RULES = {
     "apollo_mini": "APOLLOMini",
     "scion": "Scion",
     "dion": "Dion",
+    "lomo": "LOMO",
+    "adalomo": "AdaLomo",
 }
 """Name → class; the file has the name."""
 

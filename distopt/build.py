@@ -59,6 +59,32 @@ def create_optimizer(
     Raises:
         ValueError: no parameter is for the matrix rule, or an option or name is not known.
     """
+    engine = {key: options.pop(key) for key in list(options) if key in ENGINE_OPTIONS}
+    groups, own, routing = parameter_groups(
+        name, model, lr=lr, weight_decay=weight_decay, rest=rest, rest_options=rest_options, **options
+    )
+    optimizer = optimizer_class(name)(groups, **own, **engine)
+    optimizer.attach_model(weakref.ref(model))
+    optimizer.routing = routing
+    return optimizer
+
+
+def parameter_groups(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    rest: str = "adamw",
+    rest_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[tuple[str, str, str]]]:
+    """What `create_optimizer` makes an optimizer of: its groups, the rule's own options, the routing. The model may be on
+    the meta device.
+
+    Raises:
+        ValueError: no parameter is for the matrix rule, or a name is not known.
+    """
     rule = rule_class(name)
     matrix = rule.reach == "matrix"
     routes = list(_routes(model))
@@ -68,8 +94,7 @@ def create_optimizer(
             f"use rest's rule ({rest!r}) alone instead"
         )
     if rest_options and not matrix:
-        warnings.warn(f"rest_options are ignored: {name} takes every parameter itself", stacklevel=2)
-    engine = {key: options.pop(key) for key in list(options) if key in ENGINE_OPTIONS}
+        warnings.warn(f"rest_options are ignored: {name} takes every parameter itself", stacklevel=3)
     own = {**getattr(rule, "create_defaults", {}), **options, "lr": lr, "weight_decay": weight_decay}
     known = {f.name for f in fields(rule)}
     own = {key: value for key, value in own.items() if key in known or key in options}
@@ -84,10 +109,7 @@ def create_optimizer(
                 if not decays:
                     group["weight_decay"] = 0.0
                 groups.append(group)
-    optimizer = optimizer_class(name)(groups, **own, **engine)
-    optimizer.attach_model(weakref.ref(model))
-    optimizer.routing = [(route.name, name if route.hidden or not matrix else rest, route.why) for route in routes]
-    return optimizer
+    return groups, own, [(route.name, name if route.hidden or not matrix else rest, route.why) for route in routes]
 
 
 def _routes(model: nn.Module) -> Iterator[Route]:

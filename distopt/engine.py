@@ -15,13 +15,10 @@ from distopt.comm.exchange import Exchange, Segment
 from distopt.comm.groups import Domain, Domains
 from distopt.comm.pipeline import Barrier, Run, run_pipelined
 from distopt.comm.reductions import Reductions
-from distopt.plan.build import Bucket, GroupPlan, Stack
+from distopt.plan.build import IN_FLIGHT, Bucket, GroupPlan, Stack
 from distopt.plan.trace import Ask, Rounds, step_values
 from distopt.rule import Back, Reduction, Rule, Shape, StateView, Whole
 from distopt.state.windows import Window, allocate_stacks, scaled, strided
-
-IN_FLIGHT = 3
-"""Buckets at once: one being packed, one travelling, one being computed."""
 
 
 class BoundBucket:

@@ -58,7 +58,7 @@ class Optimizer(torch.optim.Optimizer):
     _constructed = False
 
     def __init__(self, params: Iterable[Any], rule: str, options: dict[str, Any]) -> None:
-        _check_options(rule, options)
+        check_options(rule, options)
         for name in TORCH_OPTIONS:
             if options.get(name):
                 warnings.warn(f"{name}={options[name]!r} has no meaning here and is ignored", stacklevel=3)
@@ -266,7 +266,8 @@ def _defaults(rule: str) -> dict[str, Any]:
     return {f.name: f.default for f in fields(rule_class(rule)) if f.default is not MISSING}
 
 
-def _check_options(rule: str, options: Iterable[str]) -> None:
+def check_options(rule: str, options: Iterable[str]) -> None:
+    """Raise TypeError for the name of an option that neither the rule nor the engine has."""
     known = [f.name for f in fields(rule_class(rule))] + list(ENGINE_OPTIONS)
     for name in sorted(set(options) - set(known) - set(TORCH_OPTIONS)):
         near = get_close_matches(name, known, n=1)
@@ -319,7 +320,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
     signature = Signature(parameters + keyword_only)
 
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        _check_options(name, set(kwargs) - {"params"})
+        check_options(name, set(kwargs) - {"params"})
         bound = signature.bind(self, *args, **kwargs)
         options = dict(bound.arguments)
         del options["self"]

@@ -21,7 +21,8 @@ PACKAGE = ROOT / "distopt"
 
 # A part imports only from the lines below its own.
 LEVELS: list[set[str]] = [
-    {"integrations", "launch", "__init__"},
+    {"integrations", "launch", "__init__", "__main__"},
+    {"cli"},
     {"build", "catalog", "checkpoint"},
     {"averaging"},
     {"optimizer"},
@@ -36,7 +37,11 @@ LEVELS: list[set[str]] = [
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 # What the package may import from outside, and the parts that may import more.
 THIRD_PARTY = {"torch", "numpy", "safetensors"}
-EXTRA = {"kernels": {"triton"}, "integrations": {"transformers", "accelerate", "deepspeed"}}
+EXTRA = {
+    "kernels": {"triton"},
+    "integrations": {"transformers", "accelerate", "deepspeed"},
+    "cli": {"transformers", "matplotlib"},
+}
 # Words of layouts and meshes, which rules do not know.
 LAYOUT_WORDS = [
     "dtensor",

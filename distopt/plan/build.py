@@ -18,6 +18,8 @@ from distopt.rule import Rule, Shape
 
 BUCKET_BYTES = 64 << 20
 """Bytes of fp32 updates that one rank holds in one bucket: bounds temporary memory and the size of messages."""
+IN_FLIGHT = 3
+"""Buckets at once: one being packed, one travelling, one being computed."""
 BATCH_NUMEL = 1 << 14
 """Matrices up to this size are computed together; larger ones fill the machine alone, and alone they give the same
 bits wherever they are computed."""

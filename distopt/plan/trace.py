@@ -7,6 +7,7 @@ cost.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distopt.plan.flops import flops_of
 from distopt.rule import Back, Reduction, Request, Rule, Shape, State, StateView, Step, Whole
@@ -73,8 +75,8 @@ def step_values(rule: Rule, step: int, shape: Shape, gpu: bool, turns: tuple[int
 
 
 @lru_cache(maxsize=4096)
-def trace(rule: Rule, shape: Shape, step: int, gpu: bool) -> Trace:
-    """Run `rule` on meta tensors of this logical shape.
+def trace(rule: Rule, shape: Shape, step: int, gpu: bool, turns: tuple[int, ...] = ()) -> Trace:
+    """Run `rule` on meta tensors of this logical shape; for `turns` see `step_values`.
 
     Raises:
         AssertionError: the rule reduces over a dim of its piece without asking, or returns something of another shape.
@@ -82,33 +84,58 @@ def trace(rule: Rule, shape: Shape, step: int, gpu: bool) -> Trace:
     rounds = _meaning(rule, shape.ndim, step, gpu)
     if not any(ask.kind == "whole" for asks in rounds for ask in asks):
         return Trace(rounds, ())
-    _, work = _run(rule, shape, step, gpu, (1, shape.rows, shape.cols), 1)
-    return Trace(rounds, tuple(work.items()))
+    guard = PieceGuard(type(rule).__name__, (1, shape.rows, shape.cols))
+    _run(rule, shape, step, gpu, guard, 1, turns)
+    return Trace(rounds, tuple(guard.work.items()))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that are alive beside states while a rule runs, at most: `piece` per element of a piece; `working` at the
+    owner of one matrix, of which `kept` are still there when the matrix goes back (new states, the result)."""
+
+    piece: float
+    working: int
+    kept: int
+
+
+@lru_cache(maxsize=4096)
+def footprint(rule: Rule, shape: Shape, step: int, gpu: bool) -> Footprint:
+    """Run `rule` on meta tensors of this logical shape and watch what it holds on to, the answers to its requests for
+    whole matrices included."""
+    guard = LiveBytes(type(rule).__name__, (1, shape.rows, shape.cols))
+    rounds = _run(rule, shape, step, gpu, guard, 1)
+    whole, back = (
+        sum(a.dtype.itemsize for asks in rounds for a in asks if a.kind == kind) for kind in ("whole", "back")
+    )
+    kept = guard.kept + whole * shape.numel
+    return Footprint(back + guard.most[False] / max(shape.numel, 1), guard.most[True] + whole * shape.numel, kept)
 
 
 @lru_cache(maxsize=1024)
 def _meaning(rule: Rule, ndim: int, step: int, gpu: bool) -> Rounds:
     """The rounds, from a run in which no two sizes are equal; the same for every shape of so many dims."""
     shape = Shape(*FULL, ndim) if ndim >= 2 else Shape(1, FULL[1], ndim)
-    return _run(rule, shape, step, gpu, (ITEMS, ROWS if ndim >= 2 else 1, COLS), OWNED)[0]
+    guard = PieceGuard(type(rule).__name__, (ITEMS, ROWS if ndim >= 2 else 1, COLS))
+    return _run(rule, shape, step, gpu, guard, OWNED)
 
 
 def _run(
-    rule: Rule, shape: Shape, step: int, gpu: bool, piece: tuple[int, int, int], owned: int
-) -> tuple[tuple[tuple[Ask, ...], ...], dict[str, int]]:
+    rule: Rule, shape: Shape, step: int, gpu: bool, guard: PieceGuard, owned: int, turns: tuple[int, ...] = ()
+) -> Rounds:
+    piece = guard.piece
     states = StateView({name: _meta(state, piece, (owned, *state.shape)) for name, state in rule.states(shape).items()})
     grad, weight = torch.empty(piece, device="meta"), torch.empty(piece, device="meta")
-    guard = PieceGuard(type(rule).__name__, piece)
     rounds: list[tuple[Ask, ...]] = []
     with guard:
-        run = rule.update(grad, weight, states, step_values(rule, step, shape, gpu))
+        run = rule.update(grad, weight, states, step_values(rule, step, shape, gpu, turns))
         answer: Any = None
         while True:
             try:
                 requests = run.send(answer)
             except StopIteration as end:
                 assert tuple(end.value.shape) == piece, f"{type(rule).__name__} returned weights of another shape"
-                return tuple(rounds), guard.work
+                return tuple(rounds)
             several = isinstance(requests, tuple)
             asked: tuple[Request, ...] = requests if several else (requests,)
             rounds.append(tuple(_ask(request, piece) for request in asked))
@@ -180,3 +207,44 @@ class PieceGuard(TorchDispatchMode):
                 "here is not the whole matrix: yield Sum, Mean, Max or Whole instead"
             )
         return out
+
+
+class LiveBytes(PieceGuard):
+    """Watches how many bytes of what the rule makes are alive: `most` while it runs at the owner (True) and elsewhere
+    (False), `kept` of the owner's when the matrix goes back."""
+
+    def __init__(self, name: str, piece: tuple[int, int, int]) -> None:
+        super().__init__(name, piece)
+        self.most, self.kept = {True: 0, False: 0}, 0
+        self._live = {True: 0, False: 0}
+        self._views: dict[int, int] = {}  # storages that the rule made: tensors that are alive on each
+        self._was_at_owner = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        if self._was_at_owner and not self.at_owner:
+            self.kept = self._live[True]
+        self._was_at_owner = self.at_owner
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._watch(tensor, given)
+        return out
+
+    def _watch(self, tensor: Tensor, given: set[int]) -> None:
+        storage, where = tensor.untyped_storage(), self.at_owner
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._views:
+            if key in given:  # a gradient, a state or an answer
+                return
+            self._views[key] = 0
+            self._live[where] += size
+            self.most[where] = max(self.most[where], self._live[where])
+        self._views[key] += 1
+        weakref.finalize(tensor, self._forget, key, size, where)
+
+    def _forget(self, key: int, size: int, where: bool) -> None:
+        self._views[key] -= 1
+        if not self._views[key]:
+            del self._views[key]
+            self._live[where] -= size

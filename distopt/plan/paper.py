@@ -212,7 +212,7 @@ def _add_entry(loads: Loads, plan: GroupPlan, entry: Entry, where: np.ndarray, r
     loads.state = loads.state + 4 * held[where]
     loads.memory = loads.memory + rates.memory_seconds(1) * moved[where]
     if entry.owner is not None:
-        own = wown == entry.owner
+        own = where == entry.owner
         loads.state = loads.state + 4 * owned * own
         loads.memory = loads.memory + rates.memory_seconds(8 * owned) * own
         loads.flops = loads.flops + sum(share * trace.flops for _, share, trace in plan.traces(entry.shape)) * own

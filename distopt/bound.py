@@ -21,6 +21,7 @@ from distopt.plan.build import BUCKET_BYTES, Group, GroupPlan, Spec, plan_group
 from distopt.plan.report import PlanReport
 from distopt.rule import Rule, Shape
 from distopt.rules import group_rule
+from distopt.state.codecs import STORAGE_OPTIONS, group_storage
 from distopt.state.counters import Counters
 from distopt.state.faces import Faces
 from distopt.state.loading import load_state_dict
@@ -61,6 +62,7 @@ class Bound:
         self.union, self.norm = self.domains[tuple(union)], self.domains[norm]
 
         rules = [group_rule(group) for group in groups]
+        self._stored = [{name: group[name] for name in STORAGE_OPTIONS} for group in groups]
         self._agree(rules, layouts, engine)
         self.groups: list[BoundGroup | BoundElementwise] = []
         self.plans: list[GroupPlan] = []
@@ -71,7 +73,7 @@ class Bound:
                 Spec(self.names[i], layouts[i], layouts[i].ranks.index(self.rank), self.params[i].element_size())
                 for i in range(start, stop)
             )
-            plan = plan_group(Group(rule, specs, replicas, self.device.type != "cpu"), self.rank)
+            plan = plan_group(Group(rule, specs, replicas, self.device.type != "cpu", group_storage(group)), self.rank)
             self.plans.append(plan)
             windows = [make_window(param, spec) for param, spec in zip(self.params[start:stop], plan.specs)]
             make = BoundElementwise if plan.elementwise else BoundGroup
@@ -254,6 +256,13 @@ class Bound:
         for name, grad in zip(self.names, grads):
             if grad is not None and grad.layout is not torch.strided:
                 raise ValueError(f"{name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it")
+        for i, (group, stored, plan) in enumerate(zip(groups, self._stored, self.plans)):
+            plan.storage.seed = group["rounding_seed"]
+            if any(group[name] != value for name, value in stored.items() if name.endswith("codec")):
+                raise ValueError(
+                    f"group {i}: how states are stored was changed after bind (from {stored}); load the state dict into an "
+                    "optimizer that was built so"
+                )
         rules = [group_rule(group) for group in groups]
         shape = Shape(4, 4)
         for plan, rule in zip(self.plans, rules):
@@ -325,6 +334,7 @@ class Bound:
             for name, layout, param in zip(self.names, layouts, self.params)
         ]
         words += [f"group {i}: {type(rule).__name__} {_jsonable(asdict(rule))}" for i, rule in enumerate(rules)]
+        words += [f"group {i}: {_jsonable(stored)}" for i, stored in enumerate(self._stored)]
         words.append("options: " + _jsonable({k: v for k, v in engine.items() if not k.endswith("_group")}))
         digests = [_digest(word) for word in words]
         counts = self.union.all_gather_ints([len(words), _digest("\n".join(words))], self.device)

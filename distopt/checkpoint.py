@@ -40,13 +40,27 @@ Rectangle = tuple[int, int, int, int]
 
 
 class _Part:
-    """One local rectangle of a logical tensor: how to save it and where to load it to."""
+    """One local rectangle of a logical tensor: how to save it and where to load it to. Of a state that is stored as codes
+    (`coded`: its faces, parameter number and name), `tensor` is a view on the meta device of what it decodes to."""
 
     def __init__(
         self, name: str, shape: tuple[int, ...], rect: Rectangle, tensor: Tensor, *, saves: bool = True
     ) -> None:
         self.name, self.shape, self.rect, self.tensor, self.saves = name, shape, rect, tensor, saves
         self.copies_back: tuple[Tensor, Tensor] | None = None
+        self.coded: tuple[Faces, int, str] | None = None
+
+    def value(self) -> Tensor:
+        """What there is to save."""
+        if self.coded is None:
+            return self.tensor
+        faces, number, key = self.coded
+        return self.within(faces.group.units.read(number, key))
+
+    def within(self, flat: Tensor) -> Tensor:
+        """The rectangle of the whole decoded state."""
+        offset = flat.storage_offset() + self.tensor.storage_offset()
+        return flat.as_strided(self.tensor.shape, self.tensor.stride(), offset)
 
 
 def save(
@@ -88,7 +102,7 @@ def save(
     document = _plain(document)
     everything = [*_parts(model, bound, names), *_average_parts(averages or {}, bound.rank)]
     parts = [part for part in everything if part.saves]
-    pieces = (Piece(part.name, part.shape, part.rect, part.tensor) for part in _once(parts))
+    pieces = (Piece(part.name, part.shape, part.rect, part.value()) for part in _once(parts))
     write(Path(path), pieces, document)
 
 
@@ -126,13 +140,25 @@ def load(
         _check(reader, parts, groups, optimizer, names)
         values = [reader.read(part.name, part.rect) for part in parts]
     with torch.no_grad():
+        decoded: dict[Faces, dict[tuple[int, str], Tensor]] = {}
         for part, value in zip(parts, values):
+            if part.coded is not None:
+                faces, number, key = part.coded
+                window = faces.windows[number]
+                flats = decoded.setdefault(faces, {})
+                flat = flats.setdefault((number, key), torch.empty(window.numel, device=window.param.device))
+                part.within(flat).copy_(value.view(part.tensor.shape))
+                continue
             part.tensor.copy_(value.view(part.tensor.shape))
             if part.copies_back is not None:
                 target, staged = part.copies_back
                 target.copy_(staged)
+        for faces in bound.faces:
+            if faces in decoded:
+                faces.group.units.write(decoded[faces])
         for group, saved, counters in zip(optimizer.param_groups, groups, bound.counters):
-            options = saved["options"]
+            # Whatever the codec that it was saved under, it loads into this one's.
+            options = {key: value for key, value in saved["options"].items() if not key.endswith("_codec")}
             group.update({key: _restored(value) for key, value in options.items()})
             ages = dict(zip(saved["names"], saved["steps"]))
             counters.assign([ages[names[id(param)]] for param in group["params"]])
@@ -230,13 +256,19 @@ def _state_parts(name: str, key: str, state: State, number: int, faces: Faces) -
         yield _Part(name, (), (0, 1, 0, 1), faces.group.scalar_state(key).view(1, 1))
         return
     if state.kind == "like":
-        flat = window.state.get(key)
-        for rect in layout.rects(index, max(len(layout.shape) - 1, 0)):
+        coded = (faces, number, key) if faces.group.units.holds(number, key) else None
+        flat = torch.empty(window.numel, device="meta") if coded else window.state.get(key)
+        rects = layout.rects(index, max(len(layout.shape) - 1, 0))
+        for rect in rects:
             assert flat is not None
             view = _strided(flat, rect.r1 - rect.r0, rect.c1 - rect.c0, rect.stride, rect.offset)
-            yield _Part(name, layout.shape, (rect.r0, rect.r1, rect.c0, rect.c1), view)
-        if not layout.rects(index, max(len(layout.shape) - 1, 0)):
-            yield _Part(name, layout.shape, (0, 0, 0, 0), torch.empty((0, 0)))
+            part = _Part(name, layout.shape, (rect.r0, rect.r1, rect.c0, rect.c1), view)
+            part.coded = coded
+            yield part
+        if not rects:
+            part = _Part(name, layout.shape, (0, 0, 0, 0), torch.empty((0, 0), device="meta" if coded else "cpu"))
+            part.coded = coded
+            yield part
         return
     geometry = geometry_of(layout, logical)
     if state.kind == "owner":

@@ -13,18 +13,15 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from distopt.coded_step import step_units
 from distopt.comm.groups import Domain, Domains
 from distopt.kernels import LANES, fused_kernel
 from distopt.plan.build import GroupPlan
+from distopt.plan.tiles import CHUNK, SMALL
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
+from distopt.state.units import Unit, Units
 from distopt.state.windows import Window, scaled
-
-SMALL = 1 << 14
-"""Elements below which a parameter is packed with others: a call costs more than the copy."""
-CHUNK = 1 << 16
-"""Elements that the rule's text handles at once on a CPU: its temporaries stay in the cache (3.5 times faster than
-whole tensors at 30M elements)."""
 
 
 @dataclass
@@ -42,15 +39,23 @@ class BoundElementwise:
     def __init__(self, plan: GroupPlan, windows: list[Window], domains: Domains, device: torch.device) -> None:
         self.plan, self.windows, self.device = plan, windows, device
         self.gpu = device.type != "cpu"
-        self.small = sorted((i for i, w in enumerate(windows) if w.numel < SMALL), key=lambda i: windows[i].holders)
-        self.large = [i for i, window in enumerate(windows) if window.numel >= SMALL]
+        states = plan.rule.states(Shape(1, 1, 1))
+        layouts = [spec.layout for spec in plan.specs]
+        units = [
+            Unit(plan, windows, members, states, domains[layouts[members[0]].ranks])
+            for members in plan.storage.pack(layouts, states)
+        ]
+        self.units = Units(plan, units, domains, device)
+        exact = [i for i in range(len(windows)) if i not in self.units.of]
+        self.small = sorted((i for i in exact if windows[i].numel < SMALL), key=lambda i: windows[i].holders)
+        self.large = [i for i in exact if windows[i].numel >= SMALL]
         packed = sum(windows[i].numel for i in self.small)
         self.padded = -(-packed // LANES) * LANES
         self.weights = torch.zeros(self.padded, device=device)
         self.grads = torch.zeros(self.padded, device=device)
         self.slabs: dict[str, Tensor] = {}
         sizes = [windows[i].numel for i in self.small]
-        for name, state in plan.rule.states(Shape(1, 1, 1)).items():
+        for name, state in states.items():
             slab = self.slabs[name] = torch.full((self.padded,), state.fill, device=device)
             for i, part in zip(self.small, slab[:packed].split(sizes)):
                 windows[i].state[name] = part
@@ -91,10 +96,11 @@ class BoundElementwise:
                 if i in missing:
                     self._grad_views[k].zero_()
         self._large_grads: dict[int, Tensor] = {}
-        for i in self.large:
+        alone = [*self.large, *sorted(self.units.of)]
+        for i in alone:
             grad = None if i in missing else self.windows[i].grad()
             self._large_grads[i] = torch.zeros(self.windows[i].numel, device=self.device) if grad is None else grad
-        flats = [(self._large_grads[i], self.windows[i].holders) for i in self.large]
+        flats = [(self._large_grads[i], self.windows[i].holders) for i in alone]
         return flats + [(self.grads[start:stop], holders) for start, stop, holders in self._segments]
 
     def alarm(self) -> None:
@@ -161,6 +167,7 @@ class BoundElementwise:
                     self.windows[i].finish()
         for i in large:
             self.windows[i].finish()
+        step_units(self.units, rule, step, inert, self._large_grads, self.gpu)
 
     def _return_grads(self) -> None:
         """Leave small gradients scaled as well."""

@@ -18,6 +18,7 @@ from distopt.comm.reductions import Reductions
 from distopt.plan.build import IN_FLIGHT, Bucket, GroupPlan, Stack
 from distopt.plan.trace import Ask, Rounds, step_values
 from distopt.rule import Back, Reduction, Rule, Shape, StateView, Whole
+from distopt.state.units import Units
 from distopt.state.windows import Window, allocate_stacks, scaled, strided
 
 
@@ -214,6 +215,9 @@ class BoundGroup:
             )
             for bucket in plan.buckets
         ]
+        if plan.storage.codecs:
+            raise ValueError(f"state_codec: {type(plan.rule).__name__} is not elementwise and keeps fp32 states so far")
+        self.units = Units(plan, [], domains, device)
         self._owner_states = self._find_owner_states()
         self._alarms = [
             (

@@ -20,6 +20,7 @@ from distopt.plan.geometry import logical_of
 from distopt.plan.report import PlanReport
 from distopt.rule import require
 from distopt.rules import group_rule, rule_class
+from distopt.state.codecs import STORAGE_OPTIONS, group_storage
 
 ENGINE_OPTIONS: dict[str, Any] = {
     "max_grad_norm": None,
@@ -48,6 +49,13 @@ class Optimizer(torch.optim.Optimizer):
             these parameters: one rank (or one set of shards) per pipeline stage. Replicas of plain parameters (DDP)
             among them would be counted each; give process_group= as well, or a group without them.
         maximize: ascend.
+
+    Keyword-only options of each group, whose value here is the default:
+        state_codec: how states are stored: "fp32", "bf16" (rounded to nearest), "bf16_sr" (stochastically), "int8", "fp8"
+            or "int4"; or a dict of these by state, the others fp32. Coded are the states that lie element for element as
+            the parameter does, or are matrices, of parameters of 1,024 elements or more; all layouts store the same codes.
+            State dicts and checkpoints hold fp32 and load under any codec; under the same one nothing is lost.
+        rounding_seed: of stochastic rounding, whose random bits depend on it, the step, the state and the element.
 
     The layout of parameters is read, and states are made, on the first of step, state, state_dict, load_state_dict and
     plan ("bind"): shard the model before that. Bind is collective where parameters are sharded.
@@ -83,7 +91,8 @@ class Optimizer(torch.optim.Optimizer):
         self._bound: Bound | None = None
         self._pending: dict[str, Any] | None = None
         hyper = {f.name: options[f.name] for f in fields(rule_class(rule)) if f.name in options}
-        super().__init__(params, {"rule": rule, **_defaults(rule), **hyper})
+        stored = {name: options.get(name, default) for name, default in STORAGE_OPTIONS.items()}
+        super().__init__(params, {"rule": rule, **_defaults(rule), **hyper, **stored})
         parameter_names(self.param_groups)
         self._constructed = True
 
@@ -122,7 +131,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         group = dict(param_group)
         name = group.setdefault("rule", self.defaults["rule"])
-        allowed = {f.name for f in fields(rule_class(name))}
+        allowed = {f.name for f in fields(rule_class(name))} | set(STORAGE_OPTIONS)
         for key in group.keys() - allowed - BOOKKEEPING - set(TORCH_OPTIONS):
             near = get_close_matches(key, sorted(allowed), n=1)
             raise ValueError(
@@ -268,7 +277,7 @@ def _defaults(rule: str) -> dict[str, Any]:
 
 def check_options(rule: str, options: Iterable[str]) -> None:
     """Raise TypeError for the name of an option that neither the rule nor the engine has."""
-    known = [f.name for f in fields(rule_class(rule))] + list(ENGINE_OPTIONS)
+    known = [f.name for f in fields(rule_class(rule))] + list(ENGINE_OPTIONS) + list(STORAGE_OPTIONS)
     for name in sorted(set(options) - set(known) - set(TORCH_OPTIONS)):
         near = get_close_matches(name, known, n=1)
         raise TypeError(f"{rule} has no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
@@ -276,6 +285,7 @@ def check_options(rule: str, options: Iterable[str]) -> None:
 
 def _check_group(group: dict[str, Any], position: int) -> None:
     rule = group_rule(group)
+    group_storage(group)
     names = group.get("param_names") or [f"group {position} parameter {i}" for i in range(len(group["params"]))]
     first: dict[Tensor, str] = {}
     for name, param in zip(names, group["params"]):
@@ -315,7 +325,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
     for f in fields(rule):
         kind = Parameter.KEYWORD_ONLY if f.kw_only else Parameter.POSITIONAL_OR_KEYWORD
         (keyword_only if f.kw_only else parameters).append(Parameter(f.name, kind, default=f.default))
-    for option, default in {**ENGINE_OPTIONS, **dict.fromkeys(TORCH_OPTIONS)}.items():
+    for option, default in {**ENGINE_OPTIONS, **STORAGE_OPTIONS, **dict.fromkeys(TORCH_OPTIONS)}.items():
         keyword_only.append(Parameter(option, Parameter.KEYWORD_ONLY, default=default))
     signature = Signature(parameters + keyword_only)
 

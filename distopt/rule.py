@@ -95,7 +95,8 @@ class State:
 
     kind: "like" lies as the parameter does, element for element; "row" is `(rows, 1)`, "col" is `(1, cols)`, "matrix"
     is one number per logical matrix, "optimizer" one number per parameter group; "owner" lives with whoever computes
-    the matrix and has the `shape` given here.
+    the matrix and has the `shape` given here. `signed` is False for what is never negative, such as a mean of squares:
+    stored in few bits, it keeps small values from becoming zero.
 
     limit: of an "owner" state that counts what went wrong; above it, the next step raises on every rank.
     """
@@ -104,6 +105,7 @@ class State:
     shape: tuple[int, int] = (0, 0)
     fill: float = 0.0
     limit: float | None = None
+    signed: bool = True
 
 
 class StateView:

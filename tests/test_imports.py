@@ -28,6 +28,7 @@ LEVELS: list[set[str]] = [
     {"optimizer"},
     {"bound"},
     {"engine", "elementwise", "verdict"},
+    {"coded_step"},
     {"state"},
     {"comm", "kernels"},
     {"plan"},  # data, which the two lines above read and never make

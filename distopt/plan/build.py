@@ -13,6 +13,7 @@ from distopt.layouts.base import Layout, Partition
 from distopt.layouts.region import Rect
 from distopt.plan.geometry import Geometry, geometry_of, logical_of
 from distopt.plan.owners import Load, assign_owners
+from distopt.plan.tiles import Storage
 from distopt.plan.trace import Rounds, Trace, trace
 from distopt.rule import Rule, Shape
 
@@ -45,6 +46,7 @@ class Group:
     specs: tuple[Spec, ...]
     replicas: tuple[int, ...] | None = None
     gpu: bool = False
+    storage: Storage = field(default_factory=Storage)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class GroupPlan:
     rule: Rule
     specs: tuple[Spec, ...]
     gpu: bool
+    storage: Storage = field(default_factory=Storage)
     buckets: list[Bucket] = field(default_factory=list)
     loads: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
     """Per domain, FLOPs per step and rank of the matrices that have an owner."""
@@ -156,7 +159,7 @@ def plan_group(group: Group, rank: int) -> GroupPlan:
     specs = group.specs
     if group.replicas is not None:
         specs = partition_replicas(rule, specs, group.replicas, group.replicas.index(rank), group.gpu)
-    plan = GroupPlan(rule, specs, group.gpu)
+    plan = GroupPlan(rule, specs, group.gpu, group.storage)
     if plan.elementwise:
         return plan
     turns = deal_turns(rule, specs)

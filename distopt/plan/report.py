@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from distopt.layouts.base import Layout, Plain
 from distopt.plan.build import Bucket, GroupPlan, Stack
 from distopt.plan.fields import fields_of
 from distopt.plan.geometry import logical_of
+from distopt.plan.tiles import coded_bytes, join_tiles, local_tiles, shared_tiles
 from distopt.plan.trace import Rounds
 from distopt.rule import Shape
 
@@ -102,6 +104,7 @@ class PlanReport:
             moved = bucket_bytes(plan, bucket, self.rank)
             sent, received = sent + moved[0], received + moved[1]
         gathered = gather_bytes(plan)
+        agreed = agreement_bytes(plan)
         here, total = state_bytes(plan)
         loads = [(load, ranks) for ranks, load in plan.loads.items()]
         return {
@@ -111,8 +114,8 @@ class PlanReport:
             "elements": sum(int(np.prod(spec.layout.shape, dtype=np.int64)) for spec in plan.specs),
             "matrices": sum(len(bucket.entries) for bucket in plan.buckets),
             "buckets": len(plan.buckets),
-            "bytes_sent_per_step": sent + gathered[0],
-            "bytes_received_per_step": received + gathered[1],
+            "bytes_sent_per_step": sent + gathered[0] + agreed,
+            "bytes_received_per_step": received + gathered[1] + agreed,
             "state_bytes": here,
             "state_bytes_total": total,
             "flops": float(sum(load[ranks.index(self.rank)] for load, ranks in loads)),
@@ -195,14 +198,13 @@ def gather_bytes(plan: GroupPlan) -> tuple[int, int]:
 
 
 def state_bytes(plan: GroupPlan) -> tuple[int, int]:
-    """(here, on one process that holds everything) bytes of fp32 states."""
+    """(here, on one process that holds everything) bytes of states."""
     if plan.elementwise:
-        count = len(plan.rule.states(Shape(1, 1, 1)))
-        here = total = 0
-        for spec in plan.specs:
-            here += sum(rect.numel for rect in spec.layout.rects(spec.index, max(len(spec.layout.shape) - 1, 0)))
-            total += int(np.prod(spec.layout.shape, dtype=np.int64))
-        return 4 * count * here, 4 * count * total
+        whole = [Plain(spec.layout.shape, (0,)) for spec in plan.specs]
+        return (
+            _elementwise_bytes(plan, [(spec.layout, spec.index) for spec in plan.specs]),
+            _elementwise_bytes(plan, [(layout, 0) for layout in whole]),
+        )
     here = total = 0
     for bucket in plan.buckets:
         for stack in bucket.stacks:
@@ -214,6 +216,33 @@ def state_bytes(plan: GroupPlan) -> tuple[int, int]:
         each = _entry_bytes(plan, logical.shape, owners=True) + _entry_bytes(plan, logical.shape, owners=False)
         total += logical.count * each
     return here, total
+
+
+def _elementwise_bytes(plan: GroupPlan, homes: list[tuple[Layout, int]]) -> int:
+    states = plan.rule.states(Shape(1, 1, 1))
+    exact = [home for home in homes if not plan.storage.coded(states, home[0].shape)]
+    numel = sum(rect.numel for layout, index in exact for rect in layout.rects(index, max(len(layout.shape) - 1, 0)))
+    found = 4 * len(states) * numel
+    for members in plan.storage.pack([layout for layout, _ in homes], states):
+        parts = [local_tiles(*homes[i]) for i in members]
+        tiles = join_tiles(parts, [0] * len(parts))
+        for name, state in states.items():
+            codec = plan.storage.codec(name, state, homes[members[0]][0].shape)
+            found += coded_bytes(codec, tiles, plan.gpu) if codec else 4 * tiles.numel
+    return found
+
+
+def agreement_bytes(plan: GroupPlan) -> int:
+    """Bytes, either way, of the reduction in which ranks agree on the scales of tiles that an edge of a shard cuts."""
+    if not plan.elementwise:
+        return 0
+    slots = 0
+    for spec in plan.specs:
+        codecs = [
+            plan.storage.codec(name, s, spec.layout.shape) for name, s in plan.rule.states(Shape(1, 1, 1)).items()
+        ]
+        slots += sum(len(shared_tiles(spec.layout)) for codec in codecs if codec and codec.scaled)
+    return 4 * slots
 
 
 def _stack_bytes(plan: GroupPlan, bucket: Bucket, stack: Stack) -> list[int]:

@@ -31,7 +31,7 @@ class Adadelta(Rule):
         require(0 <= self.rho <= 1, f"rho must lie in [0, 1], got {self.rho}")
 
     def states(self, shape: Shape) -> dict[str, State]:
-        return {"square_avg": State("like"), "acc_delta": State("like")}
+        return {name: State("like", signed=False) for name in ("square_avg", "acc_delta")}
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Tensor:
         if h.weight_decay:

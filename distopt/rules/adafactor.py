@@ -41,7 +41,7 @@ class Adafactor(Rule):
     def states(self, shape: Shape) -> dict[str, State]:
         if shape.is_matrix:
             return {"row_var": State("row"), "col_var": State("col")}
-        return {"variance": State("like")}
+        return {"variance": State("like", signed=False)}
 
     def scalars(self, step: int) -> dict[str, Any]:
         return {"one_minus_beta2": float(step) ** self.beta2_decay, "rho": min(self.lr, 1 / step**0.5)}

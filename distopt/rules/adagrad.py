@@ -33,7 +33,7 @@ class Adagrad(Rule):
             require(getattr(self, name) >= 0, f"{name} must be ≥ 0, got {getattr(self, name)}")
 
     def states(self, shape: Shape) -> dict[str, State]:
-        return {"sum": State("like", fill=self.initial_accumulator_value)}
+        return {"sum": State("like", fill=self.initial_accumulator_value, signed=False)}
 
     def scalars(self, step: int) -> dict[str, Any]:
         return {"step_size": self.lr / (1 + (step - 1) * self.lr_decay)}

@@ -32,8 +32,8 @@ class Adam(Rule):
     reach: ClassVar = "elementwise"
 
     def states(self, shape: Shape) -> dict[str, State]:
-        names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if self.amsgrad else ())
-        return {name: State("like") for name in names}
+        squares = ("exp_avg_sq", "max_exp_avg_sq") if self.amsgrad else ("exp_avg_sq",)
+        return {"exp_avg": State("like"), **{name: State("like", signed=False) for name in squares}}
 
     def scalars(self, step: int) -> dict[str, Any]:
         beta1, beta2 = self.betas

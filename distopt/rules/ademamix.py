@@ -42,7 +42,8 @@ class AdEMAMix(Rule):
         require(not warms or min(self.betas[0], self.betas[2]) > 0, f"t_beta3 needs beta1, beta3 > 0, got {self.betas}")
 
     def states(self, shape: Shape) -> dict[str, State]:
-        return {name: State("like") for name in ("exp_avg", "exp_avg_slow", "exp_avg_sq")}
+        means = {name: State("like") for name in ("exp_avg", "exp_avg_slow")}
+        return {**means, "exp_avg_sq": State("like", signed=False)}
 
     def scalars(self, step: int) -> dict[str, Any]:
         beta1, beta2, beta3 = self.betas

@@ -42,7 +42,7 @@ class CAME(Rule):
 
     def states(self, shape: Shape) -> dict[str, State]:
         if not shape.is_matrix:
-            return {"exp_avg": State("like"), "exp_avg_sq": State("like")}
+            return {"exp_avg": State("like"), "exp_avg_sq": State("like", signed=False)}
         return {"exp_avg": State("like"), **{name: State("row" if "row" in name else "col") for name in FACTORED}}
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:

@@ -49,7 +49,7 @@ class KLShampoo(TwoSided):
     def states(self, shape: Shape) -> dict[str, State]:
         states = {"exp_avg": State("owner", (shape.rows, shape.cols))}
         for side, size in (("left", shape.rows), ("right", shape.cols)):
-            states[f"eigenvalues_{side}"] = State("owner", (size, 1), fill=self.init_factor)
+            states[f"eigenvalues_{side}"] = State("owner", (size, 1), fill=self.init_factor, signed=False)
             if size <= self.max_precond_dim:
                 states[f"factor_{side}"] = states[f"basis_{side}"] = State("owner", (size, size))
         return states | self.failures(shape)

@@ -28,7 +28,7 @@ class LAMB(Rule):
     reach: ClassVar = "reduce"
 
     def states(self, shape: Shape) -> dict[str, State]:
-        return {"exp_avg": State("like"), "exp_avg_sq": State("like")}
+        return {"exp_avg": State("like"), "exp_avg_sq": State("like", signed=False)}
 
     def scalars(self, step: int) -> dict[str, Any]:
         beta1, beta2 = self.betas

@@ -43,8 +43,9 @@ class MARS(Rule):
         return shape.is_matrix or self.optimize_1d
 
     def states(self, shape: Shape) -> dict[str, State]:
-        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad + ["last_grad"] * self.corrects(shape)
-        return {name: State("like") for name in names}
+        squares = ["exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad
+        others = ["exp_avg"] + ["last_grad"] * self.corrects(shape)
+        return {name: State("like", signed=name in others) for name in others + squares}
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
         beta1, beta2 = self.betas if self.corrects(h.shape) else self.betas_1d

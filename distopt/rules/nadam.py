@@ -35,7 +35,7 @@ class NAdam(Rule):
         require(self.momentum_decay >= 0, f"momentum_decay must be ≥ 0, got {self.momentum_decay}")
 
     def states(self, shape: Shape) -> dict[str, State]:
-        return {"exp_avg": State("like"), "exp_avg_sq": State("like")}
+        return {"exp_avg": State("like"), "exp_avg_sq": State("like", signed=False)}
 
     def scalars(self, step: int) -> dict[str, Any]:
         def mu(t: int) -> float:

@@ -53,7 +53,7 @@ class NorMuon(Rule):
         require(1 <= self.ns_steps < 100, f"ns_steps must lie in 1 … 99, got {self.ns_steps}")
 
     def states(self, shape: Shape) -> dict[str, State]:
-        return {"momentum_buffer": State("like"), "row_sq": State("owner", (shape.rows, 1))}
+        return {"momentum_buffer": State("like"), "row_sq": State("owner", (shape.rows, 1), signed=False)}
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
         state.momentum_buffer = state.momentum_buffer.lerp(grad, 1 - self.momentum)

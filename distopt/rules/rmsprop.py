@@ -37,7 +37,7 @@ class RMSprop(Rule):
 
     def states(self, shape: Shape) -> dict[str, State]:
         names = ["square_avg"] + ["momentum_buffer"] * (self.momentum > 0) + ["grad_avg"] * self.centered
-        return {name: State("like") for name in names}
+        return {name: State("like", signed=name != "square_avg") for name in names}
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Tensor:
         if h.weight_decay:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_args
 
 from torch import Tensor
@@ -58,7 +58,8 @@ class Shampoo(TwoSided):
     def states(self, shape: Shape) -> dict[str, State]:
         moment = State("owner", (shape.rows, shape.cols)) if shape.is_matrix else State("like")
         states = {"exp_avg": moment} if self.betas[0] else {}
-        states |= {"exp_avg_sq": moment} if self.grafting != "sgd" and (self.grafting or not self.sides(shape)) else {}
+        if self.grafting != "sgd" and (self.grafting or not self.sides(shape)):
+            states["exp_avg_sq"] = replace(moment, signed=False)
         kept = ("factor", "root", "basis") if self.root == "qr" else ("factor", "root")
         states |= {f"{name}_{s}": State("owner", (n, n)) for s, n in self.sides(shape).items() for name in kept}
         return states | self.failures(shape)

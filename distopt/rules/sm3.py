@@ -35,7 +35,7 @@ class SM3(Rule):
         momentum = {"momentum_buffer": State("like")} if self.momentum else {}
         if shape.is_matrix:
             return {"row_max": State("row"), "col_max": State("col"), **momentum}
-        return {"sum": State("like"), **momentum}
+        return {"sum": State("like", signed=False), **momentum}
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
         if h.shape.is_matrix:

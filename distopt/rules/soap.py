@@ -49,9 +49,9 @@ class SOAP(TwoSided):
 
     def states(self, shape: Shape) -> dict[str, State]:
         if not shape.is_matrix:
-            return {"exp_avg": State("like"), "exp_avg_sq": State("like")}
-        full = State("owner", (shape.rows, shape.cols))
-        states = {"exp_avg": full, "exp_avg_sq": full}
+            return {"exp_avg": State("like"), "exp_avg_sq": State("like", signed=False)}
+        whole = (shape.rows, shape.cols)
+        states = {"exp_avg": State("owner", whole), "exp_avg_sq": State("owner", whole, signed=False)}
         for side, size in self.sides(shape).items():
             states[f"gram_{side}"] = states[f"basis_{side}"] = State("owner", (size, size))
         return states | self.failures(shape)

@@ -55,7 +55,7 @@ class Faces:
         for name, state in self.declared(number).items():
             if state.kind == "optimizer":
                 found[name] = self.group.scalar_state(name)
-            elif not self.travels(number, state):
+            elif not self.travels(number, state) and not self.group.units.holds(number, name):
                 found[name] = self._view(window, name, self.face_shape(number, state))
         return found
 
@@ -88,9 +88,16 @@ class Faces:
         ]
         return _dtensor(window.state[name].view(local), param, placements, face)
 
+    def _like(self, window: Window, flat: Tensor) -> Tensor:
+        """The face of a state that lies as the parameter does."""
+        param, shape = window.param, window.spec.layout.shape
+        if isinstance(param, DTensor) and not isinstance(window.spec.layout, Partition):
+            return _dtensor(flat.view(param._local_tensor.shape), param, list(param.placements), shape)
+        return flat.view(shape) if flat.numel() == prod(shape) and not hasattr(param, "_distopt_flat") else flat
+
     def placeholders(self, number: int) -> dict[str, Tensor]:
-        """Faces without values of the states that live with owners: torch asks which states there are, and whoever reads
-        one outside of a state dict gets an error and not something stale."""
+        """Faces without values of the states that live with owners or are stored as codes: torch asks which states there are,
+        and whoever reads one outside of a state dict gets an error and not something stale."""
         found = {}
         for name, state in self.declared(number).items():
             if self.travels(number, state):
@@ -98,11 +105,14 @@ class Faces:
                 assert isinstance(layout, Sharded)
                 local = layout.local_shape(self.windows[number].spec.index)
                 found[name] = self._as_face(number, name, torch.empty(local, device="meta"))
+            elif self.group.units.holds(number, name):
+                window = self.windows[number]
+                found[name] = self._like(window, torch.empty(window.numel, device="meta"))
         return found
 
     def fill(self) -> dict[int, dict[str, Tensor]]:
-        """Collective: faces of the states that live with owners, by parameter number; a snapshot. Statistics that a rank
-        with an empty shard has no part in computing are completed on it."""
+        """Collective: faces of the states that live with owners or are stored as codes, by parameter number; a
+        snapshot. Statistics that a rank with an empty shard has no part in computing are completed on it."""
         self._complete_statistics()
         found: dict[int, dict[str, Tensor]] = {}
         for exchange, locals_, owned in self._travelling():
@@ -112,6 +122,11 @@ class Faces:
                 work.wait()
             for (number, name, _, _), face in zip(locals_, faces):
                 found.setdefault(number, {})[name] = self._as_face(number, name, face)
+        for number, window in enumerate(self.windows):
+            for name in self.declared(number):
+                if self.group.units.holds(number, name):
+                    value = self.group.units.read(number, name)
+                    found.setdefault(number, {})[name] = self._like(window, value)
         return found
 
     def _complete_statistics(self) -> None:
@@ -152,7 +167,11 @@ class Faces:
         )
 
     def read(self, values: dict[int, dict[str, Tensor]]) -> None:
-        """Collective: hand local faces (any shape) back to the owners. What is not among the values stays as it is."""
+        """Collective: hand local faces (any shape) back to the owners and the stores of codes. What is not among the values
+        stays as it is."""
+        units = self.group.units
+        named = ((number, name, value) for number, found in values.items() for name, value in found.items())
+        units.write({(number, name): value for number, name, value in named if units.holds(number, name)})
         routes = list(self._travelling())
         wanted = {(number, name) for _, locals_, _ in routes for number, name, _, _ in locals_}
         live = self.fill() if any(name not in values.get(number, {}) for number, name in wanted) else {}

@@ -77,7 +77,8 @@ def load_state_dict(
             group_faces.read(values)
     for group, saved_group, counter, ages in zip(groups, saved_groups, counters, counted):
         counter.assign(ages)
-        kept: dict[str, Any] = {k: group[k] for k in ("params", "param_names", "rule") if k in group}
+        # Whatever the codec that it was saved under, it loads into this one's.
+        kept = {k: group[k] for k in group if k in ("params", "param_names", "rule") or k.endswith("_codec")}
         # Schedulers keep numbers of theirs in groups; everything comes back but what has no meaning here.
         group.update({k: v for k, v in saved_group.items() if k not in NOT_OURS})
         group.update(kept)
@@ -115,7 +116,7 @@ def _check_parameter(
             f"{name!r}: the state dict has states {sorted(found)}, {type(faces.rule).__name__} keeps {sorted(declared)}"
         )
     writes: list[Write] = []
-    live = faces.here(position)
+    live = {**faces.here(position), **faces.placeholders(position)}
     for key, state in declared.items():
         value = found[key]
         if not isinstance(value, Tensor) or value.is_complex():
@@ -128,6 +129,9 @@ def _check_parameter(
             continue
         target = local_tensor(live[key])
         source = _fitting(value, live[key], shape, name, key)
+        if target.is_meta:
+            values.setdefault(position, {})[key] = source
+            continue
         writes.append(lambda target=target, source=source: target.copy_(source))  # type: ignore[misc]
     return writes
 

@@ -1,0 +1,83 @@
+"""The step of an elementwise rule on states stored as codes: decode a span, run the rule, encode it, span by span.
+
+A tile that an edge of a shard cuts needs its scale before it is encoded: spans with such tiles are computed twice, first
+only for the maxima of what the rule returns, on which the ranks then agree by one reduction per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distopt.plan.trace import step_values
+from distopt.rule import Rule, Shape, StateView
+from distopt.state.coded import Span
+from distopt.state.noise import Key
+from distopt.state.units import Unit, Units
+
+
+class _Flat:
+    """A unit's weights and gradients, flat, and where members lie that do not step."""
+
+    def __init__(self, unit: Unit, grads: dict[int, Tensor], inert: set[int]) -> None:
+        self.unit = unit
+        self.idle = [unit.parts[i] for i in unit.members if i in inert]
+        weights = [window.weight() for window in unit.windows]
+        self.alone = len(weights) == 1
+        self.weight = weights[0] if self.alone else torch.cat([weight.float() for weight in weights])
+        self.grad = grads[unit.members[0]] if self.alone else torch.cat([grads[i].float() for i in unit.members])
+
+    def write_back(self, inert: set[int]) -> None:
+        """Give the parameters what was computed for them."""
+        for i, window in zip(self.unit.members, self.unit.windows):
+            if not self.alone and i not in inert:
+                window.weight().copy_(self.weight[self.unit.parts[i]])
+            window.finish()
+
+
+def step_units(units: Units, rule: Rule, step: int, inert: set[int], grads: dict[int, Tensor], gpu: bool) -> None:
+    """Step every unit with these gradients (flat, by parameter number); members that are `inert` are left alone."""
+    h = step_values(rule, step, Shape(1, 1, 1), gpu)
+    active = [(unit, _Flat(unit, grads, inert)) for unit in units.units if not inert.issuperset(unit.members)]
+    found = []
+    for unit, flat in active:
+        if any(unit.slots.values()):
+            maxima = {name: store.cut_maxima(None) for name, store in unit.stores.items() if unit.slots[name]}
+            for span, spans in _spans(unit):
+                if any(unit.stores[name].is_cut(spans[name]) for name in maxima):
+                    new = _update(rule, h, flat, span, spans)[1]
+                    for name in maxima.keys() & new.keys():
+                        unit.stores[name].note_cuts(spans[name], new[name], maxima[name])
+            found += [(unit, name, values) for name, values in maxima.items()]
+    agreed = units.agreed(found)
+    for unit, flat in active:
+        for span, spans in _spans(unit):
+            weight, new = _update(rule, h, flat, span, spans)
+            flat.weight[span].copy_(weight)
+            for name, value in new.items():
+                store = unit.stores[name]
+                store.encode(spans[name], value, agreed.get(id(store)), Key(units.plan.storage.seed, step, name))
+        flat.write_back(inert)
+
+
+def _spans(unit: Unit) -> Iterator[tuple[slice, dict[str, Span]]]:
+    """Runs of a unit's elements, with the span of each store."""
+    for spans in zip(*(store.spans for store in unit.stores.values()), strict=True):
+        yield spans[0].elements, dict(zip(unit.stores, spans))
+
+
+def _update(rule: Rule, h: Any, flat: _Flat, span: slice, spans: dict[str, Span]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The rule on a span: new weights, new states."""
+    view = StateView({name: flat.unit.stores[name].decode(of) for name, of in spans.items()})
+    weight = flat.weight[span].float()
+    value = rule.update(flat.grad[span].float(), weight, view, h)
+    for idle in flat.idle:
+        part = slice(max(idle.start - span.start, 0), min(idle.stop, span.stop) - span.start)
+        if part.stop <= part.start:
+            continue
+        for name, new in view.new.items():
+            view.new[name] = torch.cat([new[: part.start], view.old[name][part], new[part.stop :]])
+    return value, view.new

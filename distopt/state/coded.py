@@ -1,0 +1,160 @@
+"""A state stored as codes: flat runs of tiles, decoded and encoded a span at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distopt.comm.groups import Domain
+from distopt.plan.tiles import BLOCK, CHUNK, GPU_CHUNK, Tiles
+from distopt.state.codecs.base import FLOOR, Codec
+from distopt.state.noise import Key
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of whole tiles: where its tiles, its elements and its stored codes lie."""
+
+    tiles: slice
+    elements: slice
+    stored: slice
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """Tiles that an edge of a shard cuts: their positions here, ascending, and their maxima over all ranks."""
+
+    cuts: np.ndarray
+    maxima: Tensor
+
+    def put(self, maxima: Tensor, tiles: slice) -> None:
+        """Give the cut ones among the maxima of these tiles the values that hold everywhere."""
+        first, last = np.searchsorted(self.cuts, (tiles.start, tiles.stop))
+        if first < last:
+            at = torch.from_numpy(self.cuts[first:last] - tiles.start).to(maxima.device)
+            maxima[at] = self.maxima[first:last]
+
+
+class Coded:
+    """See the module. `starts` has the number of each tile's first element in the group, where rounding is stochastic."""
+
+    def __init__(
+        self, codec: Codec, tiles: Tiles, device: torch.device, fill: float = 0.0, starts: np.ndarray | None = None
+    ) -> None:
+        self.codec, self.tiles = codec, tiles
+        self.spans: list[Span] = []
+        items = 0
+        for t0, t1, e0, e1 in tiles.spans(CHUNK if device.type == "cpu" else GPU_CHUNK):
+            count = codec.code_bytes(e1 - e0) // codec.dtype.itemsize
+            self.spans.append(Span(slice(t0, t1), slice(e0, e1), slice(items, items + count)))
+            items += count
+        self.stored = torch.zeros(items, dtype=codec.dtype, device=device)
+        self.scales = torch.full((tiles.count if codec.scaled else 0,), FLOOR, device=device)
+        self._lengths = None if tiles.lengths is None else torch.from_numpy(tiles.lengths).to(device)
+        self._starts = torch.from_numpy(starts).to(device) if starts is not None and codec.stochastic else None
+        if fill:
+            self.write(torch.full((tiles.numel,), fill, device=device), None, Key(0, 0, ""))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.stored.nbytes + self.scales.nbytes
+
+    def decode(self, span: Span) -> Tensor:
+        """The values of a span in fp32, flat."""
+        codes = self.codec.unpack(self.stored[span.stored], span.elements.stop - span.elements.start)
+        if not self.codec.scaled:
+            return self.codec.decode(codes, codes)
+        if self._lengths is None:
+            rows = codes.view(-1, BLOCK)
+            return self.codec.decode(rows, self.scales[span.tiles, None]).view(-1)
+        return self.codec.decode(codes, self._spread(span, self.scales))
+
+    def encode(self, span: Span, values: Tensor, agreed: Agreed | None, key: Key) -> None:
+        """Store the values of a span (fp32, flat)."""
+        noise = self._noise(span, key)
+        if not self.codec.scaled:
+            self.stored[span.stored] = self.codec.encode(values, values, noise)
+            return
+        maxima = self.maxima(span, values)
+        if agreed is not None:
+            agreed.put(maxima, span.tiles)
+        self.scales[span.tiles] = maxima.clamp_(min=FLOOR)
+        if self._lengths is None:
+            codes = self.codec.encode(values.view(-1, BLOCK), self.scales[span.tiles, None], noise)
+        else:
+            codes = self.codec.encode(values, self._spread(span, self.scales), noise)
+        self.stored[span.stored] = self.codec.pack(codes.view(-1))
+
+    def maxima(self, span: Span, values: Tensor) -> Tensor:
+        """The largest magnitude in each tile of a span."""
+        if self._lengths is None:
+            return values.view(-1, BLOCK).abs().amax(1)
+        return torch.segment_reduce(values.abs(), "max", lengths=self._lengths[span.tiles].long())
+
+    def read(self) -> Tensor:
+        """All values in fp32, flat."""
+        parts = [self.decode(span) for span in self.spans]
+        return torch.cat(parts) if parts else torch.empty(0, device=self.stored.device)
+
+    def write(self, values: Tensor, agreed: Agreed | None, key: Key) -> None:
+        """Store all values (fp32, flat)."""
+        for span in self.spans:
+            self.encode(span, values[span.elements], agreed, key)
+
+    def is_cut(self, span: Span) -> bool:
+        """Whether an edge of a shard cuts one of these tiles."""
+        first, last = np.searchsorted(self.tiles.cuts, (span.tiles.start, span.tiles.stop))
+        return bool(first < last)
+
+    def note_cuts(self, span: Span, values: Tensor, found: Tensor) -> None:
+        """Put the maxima of the cut tiles of a span into `found`, which is in the order of `tiles.cuts`."""
+        first, last = np.searchsorted(self.tiles.cuts, (span.tiles.start, span.tiles.stop))
+        at = torch.from_numpy(self.tiles.cuts[first:last] - span.tiles.start).to(values.device)
+        found[first:last] = self.maxima(span, values)[at]
+
+    def cut_maxima(self, values: Tensor | None) -> Tensor:
+        """The maxima of the cut tiles in these values (flat, all), in the order of `tiles.cuts`; zeros without values."""
+        found = torch.zeros(len(self.tiles.cuts), device=self.stored.device)
+        if values is not None:
+            for span in self.spans:
+                if self.is_cut(span):
+                    self.note_cuts(span, values[span.elements], found)
+        return found
+
+    def _spread(self, span: Span, per_tile: Tensor) -> Tensor:
+        """One value per tile to one per element."""
+        assert self._lengths is not None
+        numel = span.elements.stop - span.elements.start
+        return per_tile[span.tiles].repeat_interleave(self._lengths[span.tiles], output_size=numel)
+
+    def _noise(self, span: Span, key: Key) -> Tensor:
+        if self._starts is None:
+            return self.stored
+        starts = self._starts[span.tiles]
+        if self._lengths is None:
+            return key.bits((starts[:, None] + torch.arange(BLOCK, device=starts.device)).view(-1))
+        lengths = self._lengths[span.tiles].long()
+        numel = span.elements.stop - span.elements.start
+        shifted = starts - lengths.cumsum(0) + lengths
+        elements = shifted.repeat_interleave(lengths, output_size=numel)
+        return key.bits(elements + torch.arange(numel, device=starts.device))
+
+
+def agree(
+    domain: Domain, found: list[tuple[Coded, int, Tensor]], device: torch.device
+) -> Generator[dist.Work | None, None, list[Agreed]]:
+    """Maxima of cut tiles over all ranks, by one reduction, which is yielded to be waited for. `found` has, of each
+    state, the number of slots of its tensor, the same on every rank, and the maxima here."""
+    flat = torch.zeros(sum(slots for _, slots, _ in found), device=device)
+    parts = list(flat.split([slots for _, slots, _ in found])) if found else []
+    places = [torch.from_numpy(coded.tiles.slots).to(device) for coded, _, _ in found]
+    for (_, _, maxima), part, at in zip(found, parts, places):
+        part.scatter_reduce_(0, at, maxima, "amax")
+    yield domain.all_reduce(flat, "max")
+    return [Agreed(coded.tiles.cuts, part[at]) for (coded, _, _), part, at in zip(found, parts, places)]

@@ -1,0 +1,115 @@
+"""Units: parameters whose states are stored as codes, one by one or small ones together, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from itertools import accumulate, pairwise
+from math import prod
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distopt.comm.groups import Domain, Domains
+from distopt.plan.build import GroupPlan
+from distopt.plan.tiles import join_tiles, local_tiles, shared_tiles, tile_starts
+from distopt.rule import State
+from distopt.state.codecs import FP32, Codec
+from distopt.state.coded import Agreed, Coded, agree
+from distopt.state.noise import Key
+from distopt.state.windows import Window
+
+Values = dict[tuple[int, str], Tensor]
+
+
+class Unit:
+    """Parameters of one domain whose coded states lie in common stores, in order.
+
+    Attributes:
+        members: their numbers in the group.
+        parts: where each lies among the unit's elements.
+        stores: by state name.
+    """
+
+    def __init__(
+        self, plan: GroupPlan, windows: list[Window], members: list[int], states: Mapping[str, State], domain: Domain
+    ) -> None:
+        self.members, self.domain = members, domain
+        self.windows = [windows[i] for i in members]
+        sizes = [window.numel for window in self.windows]
+        self.parts = {i: slice(a, b) for i, (a, b) in zip(members, pairwise(accumulate(sizes, initial=0)))}
+        self.stores: dict[str, Coded] = {}
+        self.slots: dict[str, int] = {}
+        specs = [window.spec for window in self.windows]
+        first = self.windows[0]
+        firsts = list(accumulate((prod(spec.layout.shape) for spec in plan.specs), initial=0))
+        for name, state in states.items():
+            codec: Codec = plan.storage.codec(name, state, first.spec.layout.shape) or FP32()
+            slots = [len(shared_tiles(spec.layout)) if codec.scaled else 0 for spec in specs]
+            tiles = join_tiles([local_tiles(spec.layout, spec.index) for spec in specs], slots)
+            starts = None
+            if codec.stochastic:
+                starts = np.concatenate([tile_starts(s.layout, s.index) + firsts[i] for s, i in zip(specs, members)])
+            self.stores[name] = Coded(codec, tiles, first.param.device, state.fill, starts)
+            self.slots[name] = sum(slots)
+
+
+class Units:
+    """All units of a group."""
+
+    def __init__(self, plan: GroupPlan, units: list[Unit], domains: Domains, device: torch.device) -> None:
+        self.plan, self.units, self.domains, self.device = plan, units, domains, device
+        self.of = {number: unit for unit in units for number in unit.members}
+
+    def holds(self, number: int, name: str) -> bool:
+        """Whether this state of a parameter is stored as codes."""
+        return number in self.of and name in self.of[number].stores
+
+    def read(self, number: int, name: str) -> Tensor:
+        """A state of a parameter in fp32, flat; a copy."""
+        store, part = self.of[number].stores[name], self.of[number].parts[number]
+        spans = [s for s in store.spans if s.elements.start < part.stop and s.elements.stop > part.start]
+        if not spans:
+            return torch.empty(0, device=self.device)
+        first = spans[0].elements.start
+        return torch.cat([store.decode(span) for span in spans])[part.start - first : part.stop - first]
+
+    def write(self, values: Values) -> None:
+        """Store states (fp32, flat) by parameter number and name; the others stay. Collective where there are cuts; then
+        every rank of a layout stores the same states."""
+        found = []
+        for unit in self.units:
+            for name, store in unit.stores.items():
+                given = {number: values[number, name] for number in unit.members if (number, name) in values}
+                if given:
+                    flat = store.read()
+                    for number, value in given.items():
+                        flat[unit.parts[number]] = value.to(flat).reshape(-1)
+                    found.append((unit, name, flat))
+        agreed = self.agreed([(unit, name, unit.stores[name].cut_maxima(flat)) for unit, name, flat in found])
+        for unit, name, flat in found:
+            unit.stores[name].write(flat, agreed[id(unit.stores[name])], Key(0, 0, ""))
+
+    def agreed(self, found: list[tuple[Unit, str, Tensor]]) -> dict[int, Agreed]:
+        """Maxima of cut tiles over all ranks, by store: one reduction per domain, in the same order on every rank."""
+        by_domain: dict[tuple[int, ...], list[tuple[Unit, str, Tensor]]] = {}
+        for item in found:
+            by_domain.setdefault(item[0].domain.ranks, []).append(item)
+        answers: dict[int, Agreed] = {}
+        for _, items in sorted(by_domain.items()):
+            stores = [(unit.stores[name], unit.slots[name], maxima) for unit, name, maxima in items]
+            result = _wait(agree(items[0][0].domain, stores, self.device))
+            answers |= {id(store): one for (store, _, _), one in zip(stores, result)}
+        return answers
+
+
+def _wait(run: Generator[dist.Work | None, None, list[Agreed]]) -> list[Agreed]:
+    while True:
+        try:
+            work = next(run)
+        except StopIteration as end:
+            answer: list[Agreed] = end.value
+            return answer
+        if work is not None:
+            work.wait()

@@ -1,0 +1,95 @@
+"""What the ranks of `test_codecs.py` run, and the single process that they are compared with."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import distopt
+from tests.distributed.layouts import LAYOUTS, Full, lay_out, local_tensor
+from tests.distributed.training import gradients, weights
+
+STEPS = 20
+# Rows of a tile and a bit, of less than one, of several; what is below the threshold; more than a chunk; a convolution.
+CODED = {
+    "long_rows": (9, 300),
+    "short_rows": (50, 48),
+    "even": (12, 256),
+    "vector": (3001,),
+    "large": (130, 520),
+    "small": (30, 30),
+    "experts": (3, 20, 130),
+    "empty": (0, 8),
+}
+MATRICES = {"wide": (18, 130), "tall": (200, 24), "square": (40, 40), "large": (72, 300), "small": (6, 5)}
+
+
+def train(built: distopt.Optimizer, shapes: dict[str, Any], set_grads: Any, steps: range) -> None:
+    """Some steps with gradients whose scales differ by orders of magnitude within a row."""
+    for step in steps:
+        spread = torch.Generator().manual_seed(5)
+        set_grads(
+            {
+                name: None if grad is None else grad * torch.exp(2 * torch.randn(grad.shape, generator=spread))
+                for name, grad in gradients(shapes, step).items()
+            }
+        )
+        built.step()
+
+
+def one_process(
+    optimizer: str, options: dict[str, Any], shapes: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> tuple[Full, dict[str, dict[str, Tensor]]]:
+    """Weights and decoded states after all steps without any process group."""
+    params = {name: nn.Parameter(weight.to(dtype)) for name, weight in weights(shapes).items()}
+    built = getattr(distopt, optimizer)(params.items(), **options)
+
+    def set_grads(grads: dict[str, Tensor | None]) -> None:
+        for name, grad in grads.items():
+            params[name].grad = None if grad is None else grad.to(dtype)
+
+    train(built, shapes, set_grads, range(STEPS))
+    states = built.state_dict()["state"]
+    found = {name: {k: v for k, v in states[i].items() if k != "step"} for i, name in enumerate(params)}
+    return {name: param.detach() for name, param in params.items()}, found
+
+
+def on_ranks(
+    optimizer: str,
+    options: dict[str, Any],
+    layout: str,
+    shapes: dict[str, Any],
+    expected: Full,
+    states: dict[str, dict[str, Tensor]],
+    dtype: torch.dtype = torch.float32,
+) -> tuple[list[str], int]:
+    """What of the weights and of the states that lie as they do differs on this rank from one process; and by how many
+    bytes traffic, or state, differs from the plan."""
+    laid = lay_out(LAYOUTS[layout], {name: weight.to(dtype) for name, weight in weights(shapes).items()})
+    built = getattr(distopt, optimizer)(laid.named(), **options, **LAYOUTS[layout].options())
+
+    def set_grads(grads: dict[str, Tensor | None]) -> None:
+        laid.set_grads({name: None if grad is None else grad.to(dtype) for name, grad in grads.items()})
+
+    built.plan  # noqa: B018 - binds
+    built.reset_traffic()
+    train(built, shapes, set_grads, range(3))  # after which a gradient is missing, and there are two cohorts
+    traffic = built.traffic()["bytes_sent"] - 3 * built.plan.summary()["bytes_sent_per_step"]
+    train(built, shapes, set_grads, range(3, STEPS))
+    wrong = [
+        name
+        for name, param in laid.params.items()
+        if not torch.equal(local_tensor(param).detach(), laid.local(name, expected[name]))
+    ]
+    bound = built._bind()
+    for group in bound.groups:
+        for number, window in enumerate(group.windows):
+            name = window.spec.name
+            for key in states[name]:
+                if group.units.holds(number, key):
+                    mine = group.units.read(number, key)
+                    whole = laid.local(name, states[name][key]).flatten()[window.start : window.stop]
+                    wrong += [f"{name}/{key}"] * (not torch.equal(mine, whole))
+    dist.barrier()
+    return wrong, traffic

@@ -1,0 +1,44 @@
+"""States stored as codes on every layout: 20 steps against one process, identical full gradients, torch.equal."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from tests.distributed import coding
+from tests.distributed.layouts import Full
+from tests.distributed.pool import pool
+
+CODECS = ["int8", "int4", "fp8", "bf16_sr"]
+PLACES = [
+    ("fsdp", 2),
+    ("fsdp", 3),
+    ("fsdp", 4),
+    ("hsdp", 4),
+    ("columns", 2),
+    ("columns", 3),
+    ("flat", 3),
+    ("flat", 4),
+    ("flat-concatenated", 4),
+    ("partitioned", 3),
+]
+
+
+@cache
+def alone(optimizer: str, codec: str) -> tuple[Full, dict[str, dict[str, Tensor]]]:
+    return coding.one_process(optimizer, options_of(codec), coding.CODED)
+
+
+def options_of(codec: str) -> dict[str, Any]:
+    return {"lr": 1e-2, "state_codec": codec}
+
+
+@pytest.mark.parametrize(("layout", "world_size"), PLACES)
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_layout_stores_the_same_codes(codec: str, layout: str, world_size: int) -> None:
+    weights, states = alone("AdamW", codec)
+    answers = pool(world_size).run(
+        f"{coding.__name__}:on_ranks", "AdamW", options_of(codec), layout, coding.CODED, weights, states
+    )
+    assert answers == [([], 0)] * world_size, "(parameters and states that differ, bytes beside the plan) by rank"

@@ -43,7 +43,7 @@ class AdaLomo(Rule):
     def states(self, shape: Shape) -> dict[str, State]:
         if shape.is_matrix:
             return {"exp_avg_sq_row": State("row"), "exp_avg_sq_col": State("col")}
-        return {"exp_avg_sq": State("like")}
+        return {"exp_avg_sq": State("like", signed=False)}
 
     def scalars(self, step: int) -> dict[str, Any]:
         return {"fresh": float(step) ** self.decay_rate}

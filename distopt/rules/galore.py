@@ -52,11 +52,11 @@ class GaLore(Rule):
 
     def states(self, shape: Shape) -> dict[str, State]:
         if not shape.is_matrix:
-            return {"exp_avg": State("like"), "exp_avg_sq": State("like")}
+            return {"exp_avg": State("like"), "exp_avg_sq": State("like", signed=False)}
         short, long = sorted((shape.rows, shape.cols))
         rank = min(self.rank, short)
-        moment = State("owner", (rank, long))
-        return {"exp_avg": moment, "exp_avg_sq": moment, "basis": State("owner", (short, rank))}
+        moment, square = State("owner", (rank, long)), State("owner", (rank, long), signed=False)
+        return {"exp_avg": moment, "exp_avg_sq": square, "basis": State("owner", (short, rank))}
 
     def scalars(self, step: int) -> dict[str, Any]:
         beta1, beta2 = self.betas

@@ -87,7 +87,7 @@ class Bound:
         self.report = PlanReport(self.plans, titles, self.rank, verdict)
         self.faces = [Faces(bound, self.domains) for bound in self.groups]
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
-        self._holds = [window.numel > 0 for bound in self.groups for window in bound.windows]
+        self.holds = [window.numel > 0 for bound in self.groups for window in bound.windows]
         self.counters: list[Counters] = []
         for bound, faces in zip(self.groups, self.faces):
             for number, window in enumerate(bound.windows):
@@ -178,7 +178,7 @@ class Bound:
         error: ValueError | None = None
         rules: list[Rule] = []
         try:
-            rules = self._rules(groups, grads)
+            rules = self.rules(groups, grads)
             for group in self.groups:
                 alarm = group.alarm()
                 if alarm is not None:
@@ -200,7 +200,7 @@ class Bound:
         verdict = reach_verdict(
             flats,
             present,
-            self._holds,
+            self.holds,
             self.union,
             self.norm,
             self.device,
@@ -247,7 +247,7 @@ class Bound:
             self._gather(group.windows)
         return Verdict(norm, True, verdict.inert, verdict.partial)
 
-    def _rules(self, groups: list[dict[str, Any]], grads: list[Tensor | None]) -> list[Rule]:
+    def rules(self, groups: list[dict[str, Any]], grads: list[Tensor | None]) -> list[Rule]:
         """The rules with their present hyperparameters.
 
         Raises:

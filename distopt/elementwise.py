@@ -137,7 +137,7 @@ class BoundElementwise:
             assert kernel is not None and self._plain is not None and self._direct is not None
             kernel(rule, step, self._plain, self._grad_views, self._direct)
         elif self.small:
-            saved = {i: {n: t.clone() for n, t in self.windows[i].state.items()} for i in self.small if i in inert}
+            saved = self._saved(inert)
             if plain:
                 assert self._plain is not None
                 views = self._plain
@@ -159,15 +159,32 @@ class BoundElementwise:
             kept = [k for k, i in enumerate(self.small) if i not in inert] if inert else range(len(self.small))
             if kept:
                 torch._foreach_copy_([views[k] for k in kept], [self._weight_views[k] for k in kept])
-            for i, states in saved.items():
-                for name, value in states.items():
-                    self.windows[i].state[name].copy_(value)
+            self._restore(saved)
             if not plain:
                 for i in self.small:
                     self.windows[i].finish()
         for i in large:
             self.windows[i].finish()
         step_units(self.units, rule, step, inert, self._large_grads, self.gpu)
+
+    def observe(self, rule: Rule, name: str, step: int, values: list[Tensor] | None, inert: set[int]) -> None:
+        """Feed what was last collected to the rule as an observation; `inert` parameters keep their states."""
+        assert values is None, "an elementwise rule observes what is collected as gradients are"
+        parts = [(self._large_grads[i], self.windows[i].state) for i in self.large if i not in inert]
+        saved = self._saved(inert)
+        for grad, states in [*parts, (self.grads, self.slabs)]:
+            self._run(rule, step, Part(grad, grad, states), name)
+        self._restore(saved)
+        step_units(self.units, rule, step, inert, self._large_grads, self.gpu, name)
+
+    def _saved(self, inert: set[int]) -> dict[int, dict[str, Tensor]]:
+        """Copies of the states of small `inert` parameters, which are computed with their neighbours."""
+        return {i: {n: t.clone() for n, t in self.windows[i].state.items()} for i in self.small if i in inert}
+
+    def _restore(self, saved: dict[int, dict[str, Tensor]]) -> None:
+        for i, states in saved.items():
+            for name, value in states.items():
+                self.windows[i].state[name].copy_(value)
 
     def _return_grads(self) -> None:
         """Leave small gradients scaled as well."""
@@ -177,14 +194,18 @@ class BoundElementwise:
                 [self.windows[self.small[k]].raw_grad() for k in present], [self._grad_views[k] for k in present]
             )
 
-    def _run(self, rule: Rule, step: int, part: Part) -> None:
+    def _run(self, rule: Rule, step: int, part: Part, observed: str | None = None) -> None:
+        """Step a part by the rule's text, or feed its gradient to the rule as an observation."""
         h = step_values(rule, step, Shape(1, 1, 1), self.gpu)
         size = part.weight.numel() if self.gpu else CHUNK
         for start in range(0, part.weight.numel(), max(size, 1)):
             chunk = slice(start, start + size)
             view = StateView({name: state[chunk] for name, state in part.states.items()})
-            new = rule.update(part.grad[chunk].float(), part.weight[chunk].float(), view, h)
-            part.weight[chunk].copy_(new)
+            grad = part.grad[chunk].float()
+            if observed is not None:
+                rule.observe(observed, grad, view, h)
+            else:
+                part.weight[chunk].copy_(rule.update(grad, part.weight[chunk].float(), view, h))
             for name, value in view.new.items():
                 part.states[name][chunk].copy_(value)
 

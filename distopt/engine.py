@@ -68,7 +68,26 @@ class BoundBucket:
             except StopIteration as end:
                 values.append(end.value)
         assert len(values) == len(runs)
-        self._commit(views, values, weights, inert)
+        self._commit(views, inert)
+        for stack, value in zip(bucket.stacks, values):
+            for item, piece in enumerate(stack.pieces):
+                if piece.param not in inert:
+                    _view(weights[piece.param], piece.rect).copy_(value[item])
+
+    def observe(self, rule: Rule, name: str, step: int, values: list[Tensor], inert: set[int]) -> None:
+        """Hand every piece its part of an observation, and commit what the rule makes of it."""
+        views: list[StateView] = []
+        for stack, slabs in zip(self.bucket.stacks, self.slabs):
+            views.append(StateView(slabs.tensors))
+            value = _load(values, stack) if rule.observes[name] == "like" else self._rows(values, stack)
+            rule.observe(name, value, views[-1], step_values(rule, step, stack.shape, self.gpu, stack.turns))
+        self._commit(views, inert)
+
+    def _rows(self, values: list[Tensor], stack: Stack) -> Tensor:
+        """The stack's part (k, rows, 1) of one number per row of each parameter."""
+        starts = [self.bucket.entries[p.entry].matrix * stack.shape.rows + stack.rect.r0 for p in stack.pieces]
+        found = [values[p.param][start : start + stack.size[1]] for p, start in zip(stack.pieces, starts)]
+        return torch.stack(found).unsqueeze(-1)
 
     def _answer(
         self, asks: tuple[Ask, ...], requests: list[tuple[Any, ...]]
@@ -127,16 +146,13 @@ class BoundBucket:
             return torch.stack([part.amax() for part in parts]).amax().view(1)
         return sum((part.sum() for part in parts), torch.zeros((), device=self.device)).view(1)
 
-    def _commit(self, views: list[StateView], values: list[Tensor], weights: list[Tensor], inert: set[int]) -> None:
-        """Write new states and weights; parameters without a gradient anywhere stay as they were."""
+    def _commit(self, views: list[StateView], inert: set[int]) -> None:
+        """Write new states; those of parameters without a gradient anywhere stay as they were."""
         bucket = self.bucket
-        for stack, slabs, view, value in zip(bucket.stacks, self.slabs, views, values):
+        for stack, slabs, view in zip(bucket.stacks, self.slabs, views):
             kept = [piece.param not in inert for piece in stack.pieces]
             for name, new in view.new.items():
                 _write(slabs.tensors[name], new, kept)
-            for item, (piece, keep) in enumerate(zip(stack.pieces, kept)):
-                if keep:
-                    _view(weights[piece.param], piece.rect).copy_(value[item])
         for group, slabs, view in zip(bucket.owned, self.owned_slabs, views[len(bucket.stacks) :]):
             kept = [bucket.entries[number].param not in inert for number in group.entries]
             for name, new in view.new.items():
@@ -264,6 +280,11 @@ class BoundGroup:
         run_pipelined(runs, IN_FLIGHT, total, self._barriers())
         for window in self.windows:
             window.finish()
+
+    def observe(self, rule: Rule, name: str, step: int, values: list[Tensor] | None, inert: set[int]) -> None:
+        """Feed an observation to the rule: `values` per parameter, or what was last collected."""
+        for bound in self.buckets:
+            bound.observe(rule, name, step, self._grads if values is None else values, inert)
 
     def alarm(self) -> str | None:
         """What must stop training: a state that counts failures is above its limit. Reads a few numbers of the device."""

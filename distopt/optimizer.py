@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from inspect import Parameter, Signature
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distopt.bound import Bound, parameter_names, reshard, strip_prefixes
+from distopt.observation import observe
 from distopt.plan.geometry import logical_of
 from distopt.plan.report import PlanReport
 from distopt.rule import require
@@ -185,6 +186,27 @@ class Optimizer(torch.optim.Optimizer):
             if found is not None:
                 found.fill_(1.0)
         return loss
+
+    @torch.no_grad()
+    def observe(self, name: str, values: Mapping[str | Tensor, Tensor] | None = None) -> bool:
+        """Show the rules something beside gradients, between two steps: every rank that holds their parameters calls it.
+
+        Args:
+            name: what the rule calls it. An estimate per weight ("hessian") is read from `.grad`, where a backward pass
+                has left it, and where it is reduced and laid out as gradients are; clear gradients after it.
+            values: what has one number per block of rows of a matrix ("max_logit": per head), by parameter or by its
+                name: float tensors (blocks,) for all blocks of the parameter. Ranks may have seen different data: the
+                largest of what they give counts. Replicas of plain parameters (DDP) without process_group= do not know
+                of each other, neither here nor in step: give them the same.
+
+        Returns:
+            True; False if it was not finite and `nonfinite="skip"` left the states alone.
+
+        Raises:
+            ValueError: no rule here observes it, there is nothing to observe, a value has the wrong shape, or it is not
+                finite. On every rank alike, with states unchanged.
+        """
+        return observe(self._bind(), self.param_groups, self.engine, name, values)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's. Collective where states live with owners of sharded parameters (SOAP under FSDP2), or where

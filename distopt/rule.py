@@ -163,6 +163,9 @@ class Rule:
 
     reach: ClassVar[Literal["elementwise", "reduce", "matrix"]]
     batched: ClassVar[bool] = True
+    observes: ClassVar[Mapping[str, Literal["like", "row"]]] = {}
+    """What `optimizer.observe` may feed beside gradients, by name: "like" has an element per weight, "row" one number per
+    row of a matrix (in equal blocks of rows: heads)."""
     create_defaults: ClassVar[Mapping[str, Any]] = {}
     """Defaults that create_optimizer changes, because there one lr serves several rules."""
 
@@ -208,6 +211,11 @@ class Rule:
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Any:
         """The paper. Returns the new weights (elementwise), or is a generator that does."""
+        raise NotImplementedError
+
+    def observe(self, name: str, value: Tensor, state: Any, h: Any) -> None:
+        """Take a piece of an observation, (k, rows, cols) or (k, rows, 1), into the states: elementwise, without requests.
+        `h` is that of the next step."""
         raise NotImplementedError
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from checkpoints import (
     rng_states,
 )
 from config import load_config
+from curvature import ESTIMATES
 from data import Corpus, load_corpora, training_starts, validation_starts
 from model import (
     Mesh,
@@ -127,6 +129,11 @@ def main(arguments: Sequence[str]) -> None:
         while step < steps:
             for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = base_lr * schedule(updates)
+            if config.optimizer.name in ESTIMATES and step % config.optimizer.estimate_every == 0:
+                batch = partial(passes.accumulate_gradients, train_data, step, micro_batch_size)
+                ESTIMATES[config.optimizer.name](batch, model, config.seed + step)
+                optimizer.observe("hessian")
+                optimizer.zero_grad()
             loss = passes.accumulate_gradients(train_data, step, micro_batch_size)
             updates += take_step(optimizer, config.optimizer)
             step += 1
@@ -198,8 +205,11 @@ class Passes:
     def tokens_per_step(self) -> int:
         return self.config.train.batch_size * self.config.data.seq_len
 
-    def accumulate_gradients(self, corpus: Corpus, step: int, micro_batch_size: int) -> torch.Tensor:
-        """Add to `.grad` the gradient of the mean loss over the global batch of `step`.
+    def accumulate_gradients(
+        self, corpus: Corpus, step: int, micro_batch_size: int, sampled: bool = False
+    ) -> torch.Tensor:
+        """Add to `.grad` the gradient of the mean loss over the global batch of `step`, or, `sampled`, of its cross
+        entropy against labels drawn from the model's own predictions.
 
         Returns:
             the cross entropy of this rank's part, in nats per token, detached.
@@ -217,8 +227,8 @@ class Passes:
         total = torch.zeros((), device=self.device)
         for index, part in enumerate(starts):
             set_gradient_sync(self.module, index == len(starts) - 1)
-            losses, z_losses = self.sequence_losses(corpus, part)
-            loss = losses.mean() + self.config.train.z_loss * z_losses.mean()
+            losses, z_losses = self.sequence_losses(corpus, part, sampled)
+            loss = losses.mean() + (0 if sampled else self.config.train.z_loss) * z_losses.mean()
             (loss / len(starts)).backward()
             total += losses.detach().mean() / len(starts)
         return total
@@ -240,7 +250,9 @@ class Passes:
         (all_ranks,) = sum_over_ranks([total.item()], self.device)
         return all_ranks / self.mesh.tp / len(starts)
 
-    def sequence_losses(self, corpus: Corpus, starts: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+    def sequence_losses(
+        self, corpus: Corpus, starts: NDArray[np.int64], sampled: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cross entropy and mean squared log-partition of each sequence, both of shape (len(starts),)."""
         rows = corpus.read(starts, self.vocab_size).to(self.device, non_blocking=True)
         tokens, targets = rows[:, :-1], rows[:, 1:]
@@ -248,6 +260,8 @@ class Passes:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             logits = self.module(input_ids=tokens, use_cache=False).logits
         logits = logits.float()
+        if sampled:
+            targets = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1).view_as(targets)
         losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         z_losses = logits.logsumexp(-1).square() if self.config.train.z_loss else torch.zeros_like(losses)
         return losses.mean(1), z_losses.mean(1)

@@ -18,6 +18,8 @@ class OptimizerConfig:
         max_grad_norm: clip the global gradient norm to this; null does not clip.
         nonfinite: a NaN or Inf gradient on any rank stops the run, or skips the step on all; null does not look.
         options: further options of the rule, such as `momentum` or `betas`.
+        estimate_every: with sophia_g and sophia_h, the steps from one estimate of the Hessian to the next. Tell sophia_g
+            the labels in its mean by options.bs: train.batch_size times data.seq_len.
         rest: with a matrix rule, the rule of embeddings, head, norms and biases; null is distopt's default.
         rest_options: options of that rule.
     """
@@ -28,8 +30,13 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
     nonfinite: Literal["raise", "skip"] | None = "raise"
     options: dict[str, Any] = field(default_factory=dict)
+    estimate_every: int = 10
     rest: str | None = None
     rest_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.estimate_every < 1:
+            raise ValueError(f"optimizer.estimate_every={self.estimate_every}: expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ LEVELS: list[set[str]] = [
     {"build", "catalog", "checkpoint"},
     {"averaging"},
     {"optimizer"},
+    {"observation"},
     {"bound"},
     {"engine", "elementwise", "verdict"},
     {"coded_step"},

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import distopt.checkpoint
 from tests.distributed.pool import pool
@@ -22,6 +24,7 @@ sys.path.insert(0, str(ROOT / "launch"))  # as when its scripts run
 
 import checkpoints  # noqa: E402
 import config as config_loader  # noqa: E402
+import curvature  # noqa: E402
 import data  # noqa: E402
 import model as model_building  # noqa: E402
 import pretrain  # noqa: E402
@@ -572,6 +575,47 @@ def test_options_of_this_run_win_over_the_checkpoints_with_a_warning():
     assert checkpoints.group_options(optimizer) == mine
 
 
+# Curvature
+
+
+def test_hutchinson_product_is_the_one_of_a_second_backward_pass():
+    one = passes()
+    batch = partial(one.accumulate_gradients, random_corpus(), 5, 8)
+    before = [param.detach().clone() for param in one.module.parameters()]
+    curvature.hutchinson_product(batch, one.module, seed=3)
+    found = torch.cat([param.grad.flatten() for param in one.module.parameters()])
+    assert all(map(torch.equal, before, one.module.parameters())), "weights come back bit for bit"
+
+    starts = data.training_starts(random_corpus(), seed=0, step=5, batch_size=8, ranks=1, rank=0, micro_batch_size=8)
+    params = list(one.module.parameters())
+    signs = [curvature._signs(param, 3 + number) for number, param in enumerate(params)]
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second backward pass
+        losses, _ = one.sequence_losses(random_corpus(), starts[0])
+        first = torch.autograd.grad(losses.mean(), params, create_graph=True)
+    product = torch.autograd.grad(sum((g * u).sum() for g, u in zip(first, signs)), params)
+    exact = torch.cat([(u * h).flatten() for u, h in zip(signs, product)])
+    assert relative_error(found, exact) < 2e-2  # a difference quotient of fp32 gradients
+
+
+def test_sampled_labels_are_the_models_own():
+    """Their mean gradient vanishes, and its size is the estimate; labels from the data have a mean."""
+    one = passes()
+
+    def mean_and_size(draws: int) -> tuple[float, float]:
+        found = []
+        for _ in range(draws):
+            one.module.zero_grad()
+            one.accumulate_gradients(random_corpus(), 5, 8, sampled=True)
+            found.append(torch.cat([p.grad.flatten() for p in one.module.parameters()]))
+        stack = torch.stack(found)
+        return stack.mean(0).norm().item(), stack.norm(dim=1).mean().item()
+
+    torch.manual_seed(0)
+    mean, size = mean_and_size(draws=64)
+    assert size > 0
+    assert mean < 0.25 * size  # 1/8 expected of 64 independent draws
+
+
 # Whole runs
 
 
@@ -620,7 +664,7 @@ def interrupted_copy(run: Path, step: int, to: Path) -> None:
 RUN = ["--train.steps", "6", "--checkpoint.every", "3", "--eval.every", "2", "--schedule.warmup_steps", "2"]
 
 
-@pytest.mark.parametrize("rule", ["muon", "adamw"])
+@pytest.mark.parametrize("rule", ["muon", "adamw", "sophia_g"])
 def test_one_process_learns_and_resumes_bit_for_bit(tmp_path, text_folder, monkeypatch, capsys, rule):
     monkeypatch.chdir(tmp_path)
     arguments = [

@@ -12,8 +12,8 @@ from _pytest.mark import ParameterSet
 from torch import Tensor, nn
 
 import distopt
-from distopt.rules import RULES
-from tests.cases import MIXED, Case, Oracle, Shape, collect
+from distopt.rules import RULES, rule_class
+from tests.cases import MIXED, Case, Oracle, Shape, collect, observation
 
 STEPS = 8
 # The tolerances speak of rounding in the change; larger weights would add rounding of the weights themselves.
@@ -45,16 +45,42 @@ def ours(name: str, variant: str) -> dict[str, Tensor]:
     params = {key: nn.Parameter(start(shape)[0].clone()) for key, shape in case.accepted(MIXED).items()}
     optimizer = getattr(distopt, case.optimizer)(params.items(), **case.variants[variant])
     for step in range(STEPS):
+        if case.observes and step % 3 == 0:
+            show(case, optimizer, params, step)
         for key, param in params.items():
             param.grad = start(MIXED[key])[1][step].clone()
         optimizer.step()
     return {key: param.detach() for key, param in params.items()}
 
 
+def show(case: Case, optimizer: distopt.Optimizer, params: dict[str, nn.Parameter], step: int) -> None:
+    """Let the optimizer observe what belongs before this step."""
+    assert case.observes is not None
+    kind = observed_kind(case)
+    found = {key: observation(kind, tuple(param.shape), step) for key, param in params.items()}
+    if kind == "row":
+        optimizer.observe(case.observes, found)
+        return
+    for key, param in params.items():
+        param.grad = found[key]
+    optimizer.observe(case.observes)
+
+
+def observed_kind(case: Case) -> str:
+    """Whether it is like a gradient or per row."""
+    rule = rule_class(next(name for name, cls in RULES.items() if cls == case.optimizer))
+    return rule.observes[case.observes]
+
+
 def theirs(oracle: Oracle, case: Case, variant: str, shape: Shape) -> Tensor:
     """The weight that an oracle arrives at."""
     weight, grads = start(shape)
-    return oracle.run(weight.to(oracle.dtype), [grad.to(oracle.dtype) for grad in grads], **case.variants[variant])
+    shown = {}
+    if case.observes:
+        steps = range(0, STEPS, 3)
+        shown["observed"] = {s: observation(observed_kind(case), shape, s).to(oracle.dtype) for s in steps}
+    grads = [grad.to(oracle.dtype) for grad in grads]
+    return oracle.run(weight.to(oracle.dtype), grads, **shown, **case.variants[variant])
 
 
 def comparisons(public_only: bool = False) -> list[ParameterSet]:

@@ -41,6 +41,9 @@ RULES = {
     "apollo_mini": "APOLLOMini",
     "scion": "Scion",
     "dion": "Dion",
+    "sophia_g": "SophiaG",
+    "sophia_h": "SophiaH",
+    "muon_clip": "MuonClip",
     "lomo": "LOMO",
     "adalomo": "AdaLomo",
 }

@@ -58,7 +58,7 @@ class APOLLO(GaLore):
     def states(self, shape: Shape) -> dict[str, State]:
         states = super().states(shape)
         if shape.is_matrix:
-            states["scaled_norm"] = State("owner", (1, 1))
+            states["scaled_norm"] = State("owner", (1, 1), signed=False)
             del states["basis"]
         return states
 

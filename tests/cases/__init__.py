@@ -9,6 +9,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ class Case:
         oracles: What its results are held against, one process.
         ndims: Numbers of dims that it accepts.
         dtypes: Of parameters and gradients, beside float32.
+        observes: What its optimizer is shown before every third step, if anything; references get it as `observed`, by the
+            number of the step from 0.
         first_update: The step, counted from 1, that first changes weights.
         torch_class: The class of torch.optim whose argument names, order and defaults it has, if torch has it.
         sharded: Largest rel against one process on any layout; 0 demands torch.equal.
@@ -88,6 +91,7 @@ class Case:
     oracles: tuple[Oracle, ...]
     ndims: frozenset[int]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    observes: str | None = None
     first_update: int = 1
     torch_class: type[torch.optim.Optimizer] | None = None
     sharded: float
@@ -97,6 +101,16 @@ class Case:
     def accepted(self, shapes: dict[str, Shape]) -> dict[str, Shape]:
         """The shapes that this rule takes."""
         return {name: shape for name, shape in shapes.items() if len(shape) in self.ndims}
+
+
+def observation(kind: str, shape: Shape, step: int) -> Tensor:
+    """What an optimizer is shown of one parameter before a step: like its gradient ("like"), or one positive number per
+    block of rows ("row")."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    if kind == "like":
+        return torch.randn(shape, generator=generator)
+    rows = prod(shape[:-1])
+    return 300 * torch.rand(next(blocks for blocks in (4, 3, 2, 1) if rows % blocks == 0), generator=generator)
 
 
 @cache

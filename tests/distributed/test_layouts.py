@@ -29,7 +29,7 @@ def shapes_of(case: str, layout: str) -> Shapes:
 @cache
 def reference(case: str, variant: str, layout: str) -> Full:
     declared = collect()[case]
-    return one_process(declared.optimizer, declared.variants[variant], shapes_of(case, layout))[0]
+    return one_process(declared.optimizer, declared.variants[variant], shapes_of(case, layout), declared.observes)[0]
 
 
 def distances(reports: list[dict[str, tuple[bool, float, float]]]) -> dict[str, float]:
@@ -82,7 +82,7 @@ def check(case: str, variant: str, layout: str, world_size: int) -> None:
     declared, shapes = collect()[case], shapes_of(case, layout)
     options, expected = declared.variants[variant], reference(case, variant, layout)
     answers = pool(world_size).run(
-        f"{training.__name__}:on_ranks", declared.optimizer, options, layout, shapes, expected
+        f"{training.__name__}:on_ranks", declared.optimizer, options, layout, shapes, expected, declared.observes
     )
     limit = declared.sharded_stacks if LAYOUTS[layout].has_repeated_shapes else declared.sharded
     found = distances([report for report, _ in answers])

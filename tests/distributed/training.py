@@ -8,10 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import distopt
 from distopt.layouts import layout_of
-from tests.distributed.layouts import LAYOUTS, Full, lay_out, local_tensor
+from distopt.rules import rule_class
+from tests.cases import observation
+from tests.distributed.layouts import LAYOUTS, Full, Laid, lay_out, local_tensor
 
 STEPS = 20
 Shapes = dict[str, tuple[int, ...]]
@@ -36,14 +39,32 @@ def gradients(shapes: Shapes, step: int) -> dict[str, Tensor | None]:
     return grads
 
 
-def one_process(optimizer: str, options: dict[str, Any], shapes: Shapes) -> tuple[Full, list[float | None]]:
+def show(built: distopt.Optimizer, observes: str, laid: Laid, shapes: Shapes, step: int) -> None:
+    """Let an optimizer observe what belongs before a step; of rows, what every rank has seen is another part."""
+    kind = rule_class(built.param_groups[0]["rule"]).observes[observes]
+    found = {name: observation(kind, shape, step) for name, shape in shapes.items()}
+    if kind == "row":
+        # Where the ranks of all parameters know each other, only the first has seen the largest numbers.
+        known = len(laid.params) == len(shapes) and all(isinstance(param, DTensor) for param in laid.params.values())
+        first = not known or dist.get_rank() == 0
+        built.observe(observes, {name: found[name] if first else found[name] * 0.5 for name in laid.params})
+        return
+    laid.set_grads(found)
+    built.observe(observes)
+
+
+def one_process(
+    optimizer: str, options: dict[str, Any], shapes: Shapes, observes: str | None = None
+) -> tuple[Full, list[float | None]]:
     """The weights after all steps without any process group, and the gradient norm of each step."""
     params = {name: nn.Parameter(weight) for name, weight in weights(shapes).items()}
+    laid = Laid(params, {name: torch.arange(param.numel()) for name, param in params.items()})
     built = getattr(distopt, optimizer)(params.items(), **options)
     norms = []
     for step in range(STEPS):
-        for name, grad in gradients(shapes, step).items():
-            params[name].grad = grad
+        if observes and step % 3 == 0:
+            show(built, observes, laid, shapes, step)
+        laid.set_grads(gradients(shapes, step))
         built.step()
         norms.append(built.last_grad_norm)
     first = weights(shapes)
@@ -52,7 +73,12 @@ def one_process(optimizer: str, options: dict[str, Any], shapes: Shapes) -> tupl
 
 
 def on_ranks(
-    optimizer: str, options: dict[str, Any], layout: str, shapes: Shapes, expected: Full
+    optimizer: str,
+    options: dict[str, Any],
+    layout: str,
+    shapes: Shapes,
+    expected: Full,
+    observes: str | None = None,
 ) -> tuple[dict[str, tuple[bool, float, float]], list[float | None]]:
     """What one rank sees: per parameter whether its elements are equal, the squared norms of error and change; and the
     gradient norm of each step."""
@@ -60,6 +86,8 @@ def on_ranks(
     built = getattr(distopt, optimizer)(laid.named(), **options, **LAYOUTS[layout].options())
     norms = []
     for step in range(STEPS):
+        if observes and step % 3 == 0:
+            show(built, observes, laid, shapes, step)
         laid.set_grads(gradients(shapes, step))
         built.step()
         norms.append(built.last_grad_norm)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from distopt.quasi_newton import DRIVERS
 from distopt.rules import RULES
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ __version__ = "0.1.0.dev0"
 __all__ = ["Optimizer", "averaging", "checkpoint", "create_optimizer", "layouts", "list_optimizers", "optimizer_info"]
 __all__ += ["schedules"]
 __all__ += RULES.values()
+__all__ += DRIVERS.values()
 
 
 def __getattr__(name: str) -> Any:
@@ -29,6 +31,10 @@ def __getattr__(name: str) -> Any:
 
             globals()[name] = optimizer_class(rule)
             return globals()[name]
+    if name in DRIVERS.values():
+        from distopt.quasi_newton import driver_class
+
+        return driver_class(name)
     if name in ("averaging", "checkpoint", "layouts", "schedules"):
         return importlib.import_module(f"distopt.{name}")
     sources = {

@@ -25,7 +25,7 @@ LEVELS: list[set[str]] = [
     {"cli"},
     {"build", "catalog", "checkpoint"},
     {"averaging"},
-    {"optimizer"},
+    {"optimizer", "quasi_newton"},
     {"observation"},
     {"bound"},
     {"engine", "elementwise", "verdict"},

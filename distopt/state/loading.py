@@ -128,7 +128,7 @@ def _check_parameter(
             values.setdefault(position, {})[key] = local
             continue
         target = local_tensor(live[key])
-        source = _fitting(value, live[key], shape, name, key)
+        source = fitting(value, live[key], shape, name, key)
         if target.is_meta:
             values.setdefault(position, {})[key] = source
             continue
@@ -136,7 +136,7 @@ def _check_parameter(
     return writes
 
 
-def _fitting(value: Tensor, live: Tensor, shape: tuple[int, ...], name: str, key: str) -> Tensor:
+def fitting(value: Tensor, live: Tensor, shape: tuple[int, ...], name: str, key: str) -> Tensor:
     """The part of `value` that belongs into the local tensor of `live`."""
     if isinstance(value, DTensor):
         if isinstance(live, DTensor) and value.shape != live.shape:

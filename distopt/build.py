@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from distopt.bound import strip_prefixes
 from distopt.optimizer import ENGINE_OPTIONS, Optimizer, optimizer_class
+from distopt.quasi_newton import DRIVERS, driver_class
+from distopt.rule import require
 from distopt.rules import rule_class
 
 HEADS = {"lm_head", "head", "heads", "embed_out", "score", "classifier", "output_layer", "unembed"}
@@ -47,7 +49,7 @@ def create_optimizer(
     sharded before or after.
 
     Args:
-        name: of a rule, as in `distopt.rules.RULES`.
+        name: as in `distopt.list_optimizers()`. Those of `distopt.quasi_newton` take every parameter, in one group.
         lr, weight_decay: of all groups, unless `rest_options` says otherwise.
         rest: the rule for what a matrix rule does not take.
         rest_options: that rule's options.
@@ -59,6 +61,8 @@ def create_optimizer(
     Raises:
         ValueError: no parameter is for the matrix rule, or an option or name is not known.
     """
+    if name in DRIVERS:
+        return _create_driver(name, model, lr, weight_decay, options)
     engine = {key: options.pop(key) for key in list(options) if key in ENGINE_OPTIONS}
     groups, own, routing = parameter_groups(
         name, model, lr=lr, weight_decay=weight_decay, rest=rest, rest_options=rest_options, **options
@@ -67,6 +71,16 @@ def create_optimizer(
     optimizer.attach_model(weakref.ref(model))
     optimizer.routing = routing
     return optimizer
+
+
+def _create_driver(name: str, model: nn.Module, lr: float, weight_decay: float, options: dict[str, Any]) -> Any:
+    """A quasi-Newton method on all trainable parameters of a model that is sharded already."""
+    require(
+        not weight_decay,
+        f"weight_decay={weight_decay}: {DRIVERS[name]} minimizes what the closure returns; add it to the closure's loss",
+    )
+    named = [(strip_prefixes(key), param) for key, param in model.named_parameters() if param.requires_grad]
+    return driver_class(DRIVERS[name])(named, lr=lr, **options)
 
 
 def parameter_groups(

@@ -1,4 +1,4 @@
-"""What there is: the rules by name, and what each keeps, sees and comes from, read off the rules themselves."""
+"""What there is, by name: rules and quasi-Newton methods, and what each keeps, sees and comes from, read off themselves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
+from distopt.quasi_newton import DRIVERS, driver_class
 from distopt.rule import Rule, Shape, State
 from distopt.rules import RULES, rule_class
 
@@ -16,16 +19,19 @@ MATRIX, VECTOR = Shape(1009, 2003), Shape(1, 2003, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerInfo:
-    """One update rule, with its default options.
+    """One optimizer, with its default options.
 
     Attributes:
-        name: What `create_optimizer` and a group's `rule` call it.
+        name: What `create_optimizer` and, for a rule, a group's `rule` call it.
         optimizer: The class in `distopt`.
-        family: What the rule must see: "elementwise" (any slice), "reduce" (sums too), "matrix" (whole matrices).
+        family: What it must see: "elementwise" (any slice), "reduce" (sums too), "matrix" (whole matrices), "closure"
+            (the loss, where it likes).
         matrix_states: Shape of each state of a matrix of rows × cols, in words, by name.
         vector_states: The same for a vector of n; None where the rule takes no vectors.
-        defaults: The rule's own options.
-        description: What it does, the units of lr and the deviations from the paper.
+        defaults: Its own options.
+        lr: The units of the learning rate.
+        start: Sensible starting values, with their source.
+        description: What it does, when it pays, and the deviations from the paper.
         source: The paper or page that it was written from.
     """
 
@@ -35,21 +41,26 @@ class OptimizerInfo:
     matrix_states: dict[str, str]
     vector_states: dict[str, str] | None
     defaults: dict[str, Any]
+    lr: str
+    start: str
     description: str
     source: str
 
 
 def list_optimizers() -> list[str]:
-    """The names of all rules, as `optimizer_info` and `create_optimizer` take them."""
-    return list(RULES)
+    """The names of all optimizers, as `optimizer_info` and `create_optimizer` take them: those of `distopt.rules.RULES`,
+    and those of `distopt.quasi_newton.DRIVERS`, which need closures."""
+    return [*RULES, *DRIVERS]
 
 
 def optimizer_info(name: str) -> OptimizerInfo:
-    """What is known of a rule.
+    """What is known of an optimizer.
 
     Raises:
         ValueError: there is none of this name; names the nearest.
     """
+    if name in DRIVERS:
+        return _driver_info(name)
     cls = rule_class(name)
     rule = cls()
     return OptimizerInfo(
@@ -61,9 +72,48 @@ def optimizer_info(name: str) -> OptimizerInfo:
         if rule.refuse(VECTOR)
         else {key: _words(state, VECTOR, rule) for key, state in rule.states(VECTOR).items()},
         defaults={field.name: field.default for field in fields(cls)},
-        description=inspect.cleandoc(cls.__doc__ or ""),
-        source=inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""),
+        **_written(cls),
     )
+
+
+def _driver_info(name: str) -> OptimizerInfo:
+    cls = driver_class(DRIVERS[name])
+    signature = inspect.signature(cls).parameters
+    defaults = {key: p.default for key, p in signature.items() if p.default is not p.empty and key != "process_group"}
+    rows, cols, history = 3, 5, 7
+    kept = []
+    for shape in ((rows, cols), (rows * cols,)):
+        param = torch.zeros(shape, requires_grad=True)
+        optimizer = cls([param], **({"history_size": history} if "history_size" in defaults else {}))
+        words = {history: "history_size", rows * cols: "n"} | ({rows: "rows", cols: "cols"} if len(shape) == 2 else {})
+        kept.append(
+            {
+                key: " × ".join(words[size] for size in state.shape)
+                for key, state in optimizer.state[param].items()
+                if key != "progress"
+            }
+        )
+    return OptimizerInfo(
+        name=name,
+        optimizer=DRIVERS[name],
+        family="closure",
+        matrix_states=kept[0],
+        vector_states=kept[1],
+        defaults=defaults,
+        **_written(cls),
+    )
+
+
+def _written(cls: type) -> dict[str, str]:
+    """What the docstrings say: of the class, its paragraphs on lr and on how to start; of the module, the source."""
+    description = inspect.cleandoc(cls.__doc__ or "")
+    paragraphs = [" ".join(paragraph.split()) for paragraph in description.split("\n\n")]
+    return {
+        "lr": next((text for text in paragraphs if text.startswith("lr")), ""),
+        "start": next((text.removeprefix("Start: ") for text in paragraphs if text.startswith("Start: ")), ""),
+        "description": description,
+        "source": inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""),
+    }
 
 
 def _words(state: State, shape: Shape, rule: Rule) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import distopt
+from distopt.quasi_newton import DRIVERS
 from distopt.rules import RULES
 
 
@@ -27,13 +28,45 @@ def test_states_have_the_shapes_that_the_catalog_names(name: str, kind: str) -> 
     assert {key: value.numel() for key, value in kept.items()} == named
 
 
-def test_every_rule_names_its_source_and_the_units_of_lr() -> None:
-    assert distopt.list_optimizers() == list(RULES)
-    for name in distopt.list_optimizers():
-        info = distopt.optimizer_info(name)
-        assert "(" in info.source
-        assert any(char.isdigit() for char in info.source)
-        assert "lr" in info.description or "every coordinate" in info.description.lower(), name
+@pytest.mark.parametrize("name", DRIVERS)
+def test_states_of_quasi_newton_methods_have_the_shapes_that_the_catalog_names(name: str) -> None:
+    info = distopt.optimizer_info(name)
+    param = nn.Parameter(torch.zeros(6, 10))
+    optimizer = getattr(distopt, info.optimizer)([("w", param)])
+    sizes = {"rows": 6, "cols": 10, "n": 60, "history_size": info.defaults.get("history_size")}
+    shapes = {key: tuple(sizes[word] for word in shape.split(" × ")) for key, shape in info.matrix_states.items()}
+    kept = {key: tuple(value.shape) for key, value in optimizer.state[param].items() if key != "progress"}
+    assert kept == shapes
+
+
+@pytest.mark.parametrize("name", distopt.list_optimizers())
+def test_every_optimizer_names_its_source_the_units_of_lr_and_where_to_start(name: str) -> None:
+    """In its docstrings: the module's begins with the source, the class's has a paragraph that begins with "lr" and one
+    that begins with "Start: " and gives values and where they come from."""
+    info = distopt.optimizer_info(name)
+    assert "(" in info.source
+    assert any(char.isdigit() for char in info.source)
+    assert info.lr
+    assert "lr" in info.start
+    assert info.start.endswith(").")
+    assert any(char.isdigit() for char in info.start) or "Muon's" in info.start
+    assert "lr" in info.defaults
+
+
+def test_all_names_are_listed_and_none_twice() -> None:
+    assert distopt.list_optimizers() == [*RULES, *DRIVERS]
+    assert len(set(distopt.list_optimizers())) == len(RULES) + len(DRIVERS)
+
+
+@pytest.mark.parametrize("name", DRIVERS)
+def test_quasi_newton_methods_are_created_by_name(name: str) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = distopt.create_optimizer(name, model, lr=0.5)
+    assert type(optimizer).__name__ == DRIVERS[name]
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    with pytest.raises(ValueError, match=r"weight_decay=0\.1: .* add it to the closure's loss"):
+        distopt.create_optimizer(name, model, lr=0.5, weight_decay=0.1)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:

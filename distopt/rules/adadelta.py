@@ -17,6 +17,8 @@ class Adadelta(Rule):
     match. The same mathematics, order and defaults as torch.optim.Adadelta: weight decay is added to the gradient.
 
     lr is a plain factor on a step that sets its own size, 1.0 in the paper; the first steps are √eps long.
+
+    Start: lr 1.0, rho 0.95, eps 1e-6 (the paper, section 4).
     """
 
     lr: float = 1.0

@@ -19,6 +19,8 @@ class Adafactor(Rule):
     lr is relative: the step is at most `d` · min(lr, 1/√step) in RMS, times the RMS of the weights (at least eps[1]).
     With `scale_parameter=False` it is lr itself, which is transformers' Adafactor(relative_step=False,
     scale_parameter=False). `eps[0]=None` is the machine epsilon of fp32, in which all is computed.
+
+    Start: lr 1e-2 with `scale_parameter` (the paper, section 9).
     """
 
     lr: float = 1e-2

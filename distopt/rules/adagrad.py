@@ -17,6 +17,8 @@ class Adagrad(Rule):
     torch.optim.Adagrad: weight decay is added to the gradient, lr decays as lr / (1 + (step − 1) · lr_decay).
 
     lr is the size of the first step in each coordinate; where gradients keep their size, later ones shrink as 1/√step.
+
+    Start: lr 1e-2 (torch.optim.Adagrad's default).
     """
 
     lr: float = 1e-2

@@ -24,6 +24,8 @@ class AdaLomo(Rule):
 
     It pays where AdamW's states and the gradients do not fit, in fine-tuning; its states are a row and a column. The
     authors report parity with AdamW there; no third party's figure is known to us.
+
+    Start: lr 5e-4 for instruction tuning (the paper, LLaMA of 7B and more).
     """
 
     lr: float = 1e-3

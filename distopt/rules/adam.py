@@ -19,6 +19,8 @@ class Adam(Rule):
 
     lr is the size of a step in each coordinate where the gradient keeps its sign. AMSGrad takes the maximum of second
     moments before their bias correction, as torch does; the paper corrects none.
+
+    Start: lr 1e-3, betas (0.9, 0.999) (the paper, algorithm 1).
     """
 
     lr: float = 1e-3

@@ -18,6 +18,8 @@ class AdamMini(Rule):
     lr is the root mean square of a block's step where its gradients keep their sign. The blocks are those of adam_mini
     1.1.1 for values, projections, MLPs, embeddings and norms. Queries and keys, which it gives one moment per head, have
     one per row here as well: finer, never coarser, at a cost of rows instead of heads.
+
+    Start: AdamW's lr, betas (0.9, 0.95) and weight decay 0.1 (the paper: as AdamW's).
     """
 
     lr: float = 1e-3

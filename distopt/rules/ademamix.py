@@ -19,6 +19,8 @@ class AdEMAMix(Rule):
     lr is what AdamW's is, times 1 + alpha where gradients keep their sign. `t_alpha` and `t_beta3` are the steps over
     which alpha grows from 0 and beta3 from beta1 (None: constant); the paper takes the length of the training. Names,
     order and defaults are bitsandbytes'. The slow mean has no bias correction.
+
+    Start: AdamW's lr and weight decay, betas[2] 0.9999, alpha 4 to 10 (the paper, section 3).
     """
 
     lr: float = 1e-3

@@ -19,6 +19,8 @@ class Amos(Rule):
     beside a warmup is needed. The scale is √(2 / cols) for a matrix and ½ for vectors, as in pytorch_optimizer, where
     the paper lets the user set it; `extra_l2`, `c_coef` and `d_coef` are that package's. A 3-D tensor is a stack of
     matrices with a second moment each.
+
+    Start: lr 1/√(batches in the training data), beta 0.999 (the paper, section 2).
     """
 
     lr: float = 1e-3

@@ -10,7 +10,11 @@ from distopt.rules.apollo import APOLLO
 @dataclass(frozen=True)
 class APOLLOMini(APOLLO):
     """APOLLO with rank 1, `scale_type` "tensor" and scale 128, the authors' setting: the gradient of a matrix, scaled by
-    one number, from 2·long + 1 numbers of state. lr, options, deviations and evidence are APOLLO's.
+    one number, from 2·long + 1 numbers of state.
+
+    lr, options, deviations and evidence are APOLLO's.
+
+    Start: lr 1e-2, scale 128 (github.com/zhuhanqing/APOLLO).
     """
 
     rank: int = 1

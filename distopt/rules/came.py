@@ -24,6 +24,8 @@ class CAME(Rule):
 
     Means of the row statistics come in the same round as the statistics, since averaging over steps and over rows
     commute: three rounds of sums instead of five.
+
+    Start: lr 2e-4, betas (0.9, 0.999, 0.9999) (the README of came_pytorch).
     """
 
     lr: float = 2e-4

@@ -18,6 +18,8 @@ class CASPR(Shampoo):
     lr, options and deviations are Shampoo's: running means, bias-corrected, in the place of the paper's sums, a step of
     about the spectral norm lr, grafting by Frobenius norm. As there, a matrix with one side that is longer than
     `max_precond_dim` has the root −1/2 of the other, and vectors have the diagonal.
+
+    Start: as Shampoo, grafting "adam" with Adam's lr (arXiv 2309.06497).
     """
 
     def precondition(self, m: Tensor, state: Any) -> Tensor:

@@ -28,6 +28,8 @@ class GaLore(Rule):
     It pays where states do not fit: (2·long + short)·rank numbers instead of 2·short·long. The paper's C4 perplexities
     stay behind full rank (130M, rank 256: 25.36 to 25.08; 1B, rank 512: 15.64 to 15.56), and its AdamW was tuned less
     than others tuned it.
+
+    Start: lr 1e-2, scale 0.25, rank a quarter of the width, update_proj_gap 200 (the paper, section 5).
     """
 
     lr: float = 1e-3

@@ -29,6 +29,9 @@ class KLShampoo(TwoSided):
     Deviations: fp32 where the authors take bf16; a side longer than `max_precond_dim` keeps the identity for its basis,
     with eigenvalues of its own; entries above 2³² scale their gradient down to it; a refresh that fails keeps the last
     basis. Compute is matrix by matrix, since bases amplify rounding.
+
+    Start: SOAP's lr, since the units are the same; betas (0.9, 0.98), a refresh every 10 steps
+    (github.com/yorkerlin/KL-Methods).
     """
 
     lr: float = 1e-4

@@ -18,6 +18,8 @@ class LAMB(Rule):
     lr is the length of a tensor's step relative to its weights. Implementations disagree; this is timm's
     Lamb(max_grad_norm=None, always_adapt=True): moments with bias correction, as in the paper, the ratio of norms not
     bounded, and 1 where either norm is zero. A global clip is `max_grad_norm`, here as on all optimizers.
+
+    Start: lr 6.25e-4 at batch size 512, growing as its root, weight decay 0.01 (the paper, BERT).
     """
 
     lr: float = 1e-3

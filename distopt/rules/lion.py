@@ -15,9 +15,11 @@ from distopt.rule import Rule, Shape, State, Sum, Update
 class Lion(Rule):
     """Sign of an interpolated momentum, with decoupled weight decay.
 
-    Every coordinate moves by exactly lr: use about a tenth to a third of AdamW's lr and three to ten times its weight
-    decay. With `cautious` only coordinates move whose direction has the sign of their gradient, longer by how many there
-    are (Liang et al., 2024, arXiv 2411.16085), at the price of one sum.
+    lr: every coordinate moves by exactly that; use about a tenth to a third of AdamW's lr and three to ten times its
+    weight decay. With `cautious` only coordinates move whose direction has the sign of their gradient, longer by how many
+    there are (Liang et al., 2024, arXiv 2411.16085), at the price of one sum.
+
+    Start: lr 1e-4, betas (0.9, 0.99), for language models (0.95, 0.98) (the authors' README, github.com/google/automl).
     """
 
     lr: float = 1e-4

@@ -19,6 +19,8 @@ class MARS(Rule):
 
     lr is what AdamW's is. Vectors and scalars are AdamW with `betas_1d`, unless `optimize_1d`; their lr and weight decay
     are their group's, where the authors' class has options of their own.
+
+    Start: lr 3e-3, betas (0.95, 0.99), gamma 0.025 (the authors' defaults for GPT-2).
     """
 
     lr: float = 3e-3

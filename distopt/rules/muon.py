@@ -23,12 +23,15 @@ class Muon(Rule):
     """Replaces the momentum of a hidden matrix by the nearest semi-orthogonal one. The same mathematics, order and
     defaults as torch.optim.Muon; a 3-D tensor is a stack of matrices, a convolution one matrix (out, rest).
 
-    For `adjust_lr_fn` None or "original", lr is the spectral norm of the step, times √max(1, rows/cols); "spectral"
-    makes it lr·√(rows/cols), the operator norm between RMS norms; with "match_rms_adamw" the step has the RMS of a
+    lr: for `adjust_lr_fn` None or "original" the spectral norm of the step, times √max(1, rows/cols); "spectral" makes
+    it lr·√(rows/cols), the operator norm between RMS norms; with "match_rms_adamw" the step has the RMS of a
     typical AdamW step, 0.2·lr, so that AdamW's lr and weight decay carry over (Liu et al., 2025, arXiv 2502.16982).
 
     ns: the iteration; ns_dtype: what it computes in, and what travels (None: fp32 on CPU, bf16 on GPU, where
     torch.optim.Muon always takes bf16).
+
+    Start: with "match_rms_adamw" AdamW's lr and weight decay (arXiv 2502.16982); with "original" lr 0.02, momentum 0.95
+    (github.com/KellerJordan/Muon).
     """
 
     lr: float = 1e-3

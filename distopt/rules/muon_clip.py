@@ -27,6 +27,8 @@ class MuonClip(Muon):
 
     It pays where logits grow, which Muon's long runs without normalized queries and keys have shown at scale; with
     normalized ones, or at small scale, it does nothing.
+
+    Start: Muon's lr and weight decay, a threshold of 100 (Kimi K2, arXiv 2507.20534).
     """
 
     _: KW_ONLY

@@ -19,6 +19,8 @@ class NAdam(Rule):
 
     lr is what Adam's is. The momentum of step t is μₜ = β₁(1 − ½ · 0.96^(t · momentum_decay)), which warms up from half
     of β₁. torch keeps the product of all μ as a tensor per parameter; here it is a function of the step.
+
+    Start: lr 2e-3, betas (0.9, 0.999) (torch.optim.NAdam's defaults).
     """
 
     lr: float = 2e-3

@@ -19,13 +19,15 @@ class NorMuon(Rule):
     mean of its squares, so that no neuron moves more than the others. A 3-D tensor is a stack of matrices, a
     convolution one matrix (out, rest).
 
-    With `adjust_lr_fn="rms"`, the paper's algorithm 1 and the default, the step has an RMS of 0.2·lr exactly, and
+    lr: with `adjust_lr_fn="rms"`, the paper's algorithm 1 and the default, the step has an RMS of 0.2·lr exactly, and
     AdamW's lr and weight decay carry over. Otherwise the division keeps the Frobenius norm that the orthogonal matrix
     had, and lr is multiplied as in Muon: "original" (None is the same) with `nesterov=True` is the authors' code
     (github.com/zichongli5/NorMuon), "spectral" with `ns="polar_express"` is github.com/microsoft/dion.
 
     Deviations: the quintic divides by max(‖M‖_F, 1e-7), and the mean of squares is kept in fp32 with whoever computes
     the matrix, from whole rows; dion keeps one per shard. ns and ns_dtype are Muon's.
+
+    Start: AdamW's lr and weight decay, momentum and beta2 0.95 (the paper, algorithm 1).
     """
 
     lr: float = 1e-3

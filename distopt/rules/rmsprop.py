@@ -20,6 +20,8 @@ class RMSprop(Rule):
 
     lr is about the size of a step in each coordinate, times 1 / (1 − momentum); the running mean starts at zero without
     a correction, so the first steps are 1/√(1 − alpha) times as long.
+
+    Start: lr 1e-3, alpha 0.9 (Hinton's lecture, by way of Ruder, 2016, arXiv 1609.04747).
     """
 
     lr: float = 1e-2

@@ -28,6 +28,8 @@ class Shampoo(TwoSided):
     Deviations: a side longer than `max_precond_dim` keeps the identity, the other one then takes the root −1/2. Without
     any side, and on vectors, the step is the grafted rule's, "adam" if there is none. Entries above 2³² scale their
     gradient down to it. A root that fails keeps the last one; where there is none, the step is 0. One matrix at a time.
+
+    Start: grafting "adam" with Adam's lr, betas (0.9, 0.999) (Shi et al., 2023, arXiv 2309.06497).
     """
 
     lr: float = 1e-2

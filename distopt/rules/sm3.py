@@ -18,6 +18,8 @@ class SM3(Rule):
     lr is the size of the first step in each coordinate, as AdaGrad's; 0.1 is usual, after a warmup. On vectors this is
     AdaGrad. `momentum` averages steps, not gradients, and costs a state as large as the weights. Tensors of three dims
     or more are stacks of matrices over their last two, where the paper has an accumulator for each dim.
+
+    Start: lr 0.1, momentum 0.9, with a warmup (the paper, BERT-Large).
     """
 
     lr: float = 0.1

@@ -27,6 +27,9 @@ class SOAP(TwoSided):
 
     lr is what Adam's is: the size of a step in each rotated coordinate where the gradient keeps its sign. Compute is
     matrix by matrix, since eigenbases amplify the rounding of a batched product.
+
+    Start: lr 3e-3, betas (0.95, 0.95), a refresh every 10 steps (github.com/nikhilvyas/SOAP); at 130M parameters lr
+    1.6e-2, betas (0.95, 0.99) (arXiv 2509.02046).
     """
 
     lr: float = 3e-3

@@ -27,6 +27,8 @@ class SophiaG(Rule):
     Its authors report half the steps of AdamW. Third parties do not confirm it: gains over a tuned AdamW of at most 1.4
     times at 0.1B parameters for any rule (arXiv 2509.02046), and Sophia unstable on long runs (arXiv 2509.01440). The
     estimate costs a forward and a backward pass each time.
+
+    Start: lr 0.8 of AdamW's, betas (0.965, 0.99), rho 0.04, an estimate every 10 steps (github.com/Liuhong99/Sophia).
     """
 
     lr: float = 1e-4

@@ -15,8 +15,12 @@ from distopt.rules.sophia_g import SophiaG
 class SophiaH(SophiaG):
     """Sophia-G with Hutchinson's estimate of the Hessian's diagonal for H: u ⊙ (∇²L u) with random signs u, which is what
     `.grad` holds when `optimizer.observe("hessian")` is called; `bs` is 1 for a mean loss. Where H is negative the step is
-    clipped. rho is the authors' γ for this estimate. lr, evidence and deviations are Sophia-G's; the estimate needs a
-    product with the Hessian: a second backward pass through the first, or two gradients at W ± ε u.
+    clipped. rho is the authors' γ for this estimate.
+
+    lr, evidence and deviations are Sophia-G's; the estimate needs a product with the Hessian: a second backward pass
+    through the first, or two gradients at W ± ε u.
+
+    Start: lr 0.8 of AdamW's, betas (0.96, 0.99), rho 0.01, an estimate every 10 steps (the paper, section 3.1).
     """
 
     betas: tuple[float, float] = (0.96, 0.99)

@@ -82,6 +82,15 @@ def test_partitioned_replicas_gather_what_each_rank_plans(rule: Rule) -> None:
         assert loads.state[rank] == summary["state_bytes"]
 
 
+def test_codes_take_less_state_than_fp32() -> None:
+    model, mesh = model_of_shapes({"layers.0.up_proj.weight": (256, 512)}), Mesh(dp=4)
+    plain = plan_model(model, "adamw", mesh, H100, gpu=True).total
+    coded = plan_model(model, "adamw", mesh, H100, gpu=True, state_codec="int8").total
+    assert plain.state.max() == 2 * 4 * 64 * 512
+    assert plain.state.max() / 4 < coded.state.max() < plain.state.max() / 3
+    assert coded.memory.max() < plain.memory.max()
+
+
 def test_what_a_mesh_cannot_be_is_said_by_name() -> None:
     assert Mesh.parse("tp=8, dp=16") == Mesh(1, 16, 8)
     for text, words in {

@@ -27,6 +27,7 @@ from distopt.plan.build import Group, Spec, plan_group
 from distopt.plan.cost import Rates, load_rates
 from distopt.plan.paper import Mesh, loads_of, tensor_parallel_dim
 from distopt.rules import group_rule, rule_class
+from distopt.state.codecs import STORAGE_OPTIONS, group_storage
 
 
 def add_command(commands: Any) -> None:
@@ -137,13 +138,15 @@ def plan_model(
     for number, group in enumerate(groups):
         rule_name = group.get("rule", name)
         check_options(rule_name, group.keys() - {"params", "rule"})
-        defaults = {f.name: f.default for f in fields(rule_class(rule_name))}
-        rule = group_rule({**defaults, **(own if rule_name == name else {}), **group, "rule": rule_name})
+        defaults = {**{f.name: f.default for f in fields(rule_class(rule_name))}, **STORAGE_OPTIONS}
+        shared = {key: value for key, value in own.items() if rule_name == name or key in STORAGE_OPTIONS}
+        complete = {**defaults, **shared, **group, "rule": rule_name}
+        rule, storage = group_rule(complete), group_storage(complete)
         specs = []
         for key, param in group["params"]:
             layout = mesh.layout(tuple(param.shape), tp_dims[key])
             specs.append(Spec(key, layout, 0, param.element_size()))
-        plan = plan_group(Group(rule, tuple(specs), replicas, gpu), 0)
+        plan = plan_group(Group(rule, tuple(specs), replicas, gpu, storage), 0)
         title = f"{number} ({rule_name})"
         found.rows += [(title, strategy, loads) for strategy, loads in loads_of(plan, mesh, rates).items()]
     found.add_verdict(len(tp_dims), rates)

@@ -22,7 +22,7 @@ from distopt.plan.build import BUCKET_BYTES, IN_FLIGHT, Bucket, Entry, GroupPlan
 from distopt.plan.cost import Rates
 from distopt.plan.fields import fields_of
 from distopt.plan.geometry import Geometry, geometry_of, logical_of
-from distopt.plan.report import ordinary_rounds
+from distopt.plan.report import agreement_bytes, ordinary_rounds, state_bytes
 from distopt.plan.trace import Footprint, footprint, trace
 from distopt.rule import Shape
 
@@ -187,15 +187,20 @@ def loads_of(plan: GroupPlan, mesh: Mesh, rates: Rates) -> dict[str, Loads]:
 
 
 def _add_elementwise(loads: Loads, plan: GroupPlan, mesh: Mesh, rates: Rates) -> None:
-    states = len(plan.rule.states(Shape(1, 1, 1)))
+    numel = sum(prod(spec.layout.shape) for spec in plan.specs)
+    each = state_bytes(plan)[1] / max(numel, 1)  # padded codes aside, the same wherever an element lies
+    agreed = agreement_bytes(plan)
+    if agreed:
+        loads.sent, loads.received = loads.sent + agreed, loads.received + agreed
+        loads.wire = loads.wire + rates.all_reduce_seconds(range(mesh.size), agreed)
     for spec in plan.specs:
         geometry = geometry_of(spec.layout, logical_of(spec.layout.shape, flatten=False))
         here = geometry.counts.sum(0)[mesh.positions(spec.layout.ranks)]
         loads.matrices += geometry.logical.count
         loads.elements += prod(spec.layout.shape)
-        loads.state = loads.state + 4 * states * here
+        loads.state = loads.state + each * here
         # Gradient and weight are read, the weight written; states both.
-        loads.memory = loads.memory + rates.memory_seconds(1) * here * (3 * spec.itemsize + 8 * states)
+        loads.memory = loads.memory + rates.memory_seconds(1) * here * (3 * spec.itemsize + 2 * each)
 
 
 def _add_entry(loads: Loads, plan: GroupPlan, entry: Entry, where: np.ndarray, rates: Rates) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distopt.comm.groups import Domain, Domains
+from distopt.comm.pipeline import Run, run_in_step
 from distopt.elementwise import BoundElementwise
 from distopt.engine import BoundGroup
 from distopt.layouts import Partition, layout_of, local_tensor
 from distopt.plan.build import BUCKET_BYTES, Group, GroupPlan, Spec, plan_group
 from distopt.plan.report import PlanReport
-from distopt.rule import Rule, Shape
+from distopt.rule import Rule, Shape, StateView
 from distopt.rules import group_rule
 from distopt.state.codecs import STORAGE_OPTIONS, group_storage
 from distopt.state.counters import Counters
@@ -230,6 +231,8 @@ class Bound:
         scale = 1.0 / grad_scale
         if engine["max_grad_norm"] is not None and norm is not None:
             scale *= min(1.0, engine["max_grad_norm"] / (norm + 1e-6))
+        # Groups whose rule sums over the whole optimizer wait for each other.
+        together: dict[type[Rule], tuple[list[Run], list[tuple[str, int]], list[BoundGroup]]] = {}
         start = 0
         for group, rule, counters in zip(self.groups, rules, self.counters):
             inert = {i for i in range(len(group.windows)) if start + i in verdict.inert} if verdict.inert else set()
@@ -240,12 +243,47 @@ class Bound:
                 group.scale(scale)
             if engine["maximize"]:
                 group.negate()
-            for age, members in counters.cohorts(inert):
+            cohorts = counters.cohorts(inert)
+            for age, members in cohorts:
                 others = set(range(len(group.windows))) - members
-                group.step(rule, age + 1, others, self.union)
+                final = age == cohorts[-1][0]
+                barriers = group.barriers() if isinstance(group, BoundGroup) else []
+                if barriers:
+                    assert isinstance(group, BoundGroup)
+                    runs, _, joined = together.setdefault(type(rule), ([], barriers, []))
+                    runs.extend(group.runs(rule, age + 1, others, self.union, final=final))
+                    joined.append(group)
+                else:
+                    group.step(rule, age + 1, others, self.union, final=final)
             counters.advance(inert)
+        for runs, barriers, joined in together.values():
+            run_in_step(runs, self._total, barriers)
+            for group in joined:
+                group.finish()
+        for group in self.groups:
             self._gather(group.windows)
         return Verdict(norm, True, verdict.inert, verdict.partial)
+
+    def swap(self, groups: list[dict[str, Any]], wanted: list[bool]) -> None:
+        """Exchange the weights that are trained for those to evaluate, or back, in the groups that are `wanted`."""
+        for group, settings, changes in zip(self.groups, groups, wanted):
+            if not changes:
+                continue
+            rule = group_rule(settings)
+            other = rule.evaluated if settings["train_mode"] else rule.trained
+            for number, window in enumerate(group.windows):
+                weight, stores = window.weight(), group.units.of[number].stores if number in group.units.of else ()
+                coded = {name: group.units.read(number, name) for name in stores}
+                weight.copy_(other(weight.float(), StateView({**window.state, **coded})))
+                window.finish()
+            self._gather(group.windows)
+
+    def _total(self, partial: Tensor, op: str) -> Tensor:
+        partial = partial.to(self.device)
+        work = self.norm.all_reduce(partial, op)
+        if work is not None:
+            work.wait()
+        return partial
 
     def rules(self, groups: list[dict[str, Any]], grads: list[Tensor | None]) -> list[Rule]:
         """The rules with their present hyperparameters.

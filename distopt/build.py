@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,6 +69,8 @@ def create_optimizer(
     )
     optimizer = optimizer_class(name)(groups, **own, **engine)
     optimizer.attach_model(weakref.ref(model))
+    if rule_class(name).modes:
+        model.register_forward_pre_hook(_ModeGuard(weakref.ref(optimizer)))
     optimizer.routing = routing
     return optimizer
 
@@ -124,6 +126,28 @@ def parameter_groups(
                     group["weight_decay"] = 0.0
                 groups.append(group)
     return groups, own, [(route.name, name if route.hidden or not matrix else rest, route.why) for route in routes]
+
+
+class _ModeGuard:
+    """Refuses to evaluate a model while it has the weights that are trained, which are not those to evaluate."""
+
+    def __init__(self, optimizer: Callable[[], Optimizer | None]) -> None:
+        self.optimizer = optimizer
+
+    def __reduce__(self) -> Any:  # a copy of the model is nobody's
+        return _ModeGuard, (_nobody,)
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        optimizer = self.optimizer()
+        if not model.training and optimizer is not None and any(g.get("train_mode") for g in optimizer.param_groups):
+            raise ValueError(
+                "this model is in eval mode, but its weights are those that are trained: call optimizer.eval() before "
+                "evaluating, and optimizer.train() before the next step"
+            )
+
+
+def _nobody() -> None:
+    return None
 
 
 def _routes(model: nn.Module) -> Iterator[Route]:

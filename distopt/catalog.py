@@ -126,6 +126,6 @@ def _words(state: State, shape: Shape, rule: Rule) -> str:
         "row": "rows × 1" if shape.is_matrix else "1",
         "col": "1 × cols" if shape.is_matrix else whole,
         "matrix": "1",
-        "optimizer": "1 per group",
+        "group": "1 per group",
         "owner": " × ".join(words.get(size, str(size)) for size in state.shape),
     }[state.kind]

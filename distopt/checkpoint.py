@@ -252,7 +252,7 @@ def _state_parts(name: str, key: str, state: State, number: int, faces: Faces) -
     layout, index = window.spec.layout, window.spec.index
     logical = faces.logical(number)
     shape = logical.shape
-    if state.kind == "optimizer":
+    if state.kind == "group":
         yield _Part(name, (), (0, 1, 0, 1), faces.group.scalar_state(key).view(1, 1))
         return
     if state.kind == "like":

@@ -45,10 +45,11 @@ def step_units(
     inert: set[int],
     grads: dict[int, Tensor],
     gpu: bool,
+    scalars: dict[str, Tensor],
     observed: str | None = None,
 ) -> None:
     """Step every unit with these gradients (flat, by parameter number), or feed them to the rule as what is `observed`;
-    members that are `inert` are left alone."""
+    members that are `inert` are left alone, and so are the states of the group, `scalars`."""
     h = step_values(rule, step, Shape(1, 1, 1), gpu)
     active = [(unit, _Flat(unit, grads, inert)) for unit in units.units if not inert.issuperset(unit.members)]
     found = []
@@ -57,14 +58,14 @@ def step_units(
             maxima = {name: store.cut_maxima(None) for name, store in unit.stores.items() if unit.slots[name]}
             for span, spans in _spans(unit):
                 if any(unit.stores[name].is_cut(spans[name]) for name in maxima):
-                    new = _update(rule, h, flat, span, spans, observed)[1]
+                    new = _update(rule, h, flat, span, spans, scalars, observed)[1]
                     for name in maxima.keys() & new.keys():
                         unit.stores[name].note_cuts(spans[name], new[name], maxima[name])
             found += [(unit, name, values) for name, values in maxima.items()]
     agreed = units.agreed(found)
     for unit, flat in active:
         for span, spans in _spans(unit):
-            weight, new = _update(rule, h, flat, span, spans, observed)
+            weight, new = _update(rule, h, flat, span, spans, scalars, observed)
             flat.weight[span].copy_(weight)
             for name, value in new.items():
                 store = unit.stores[name]
@@ -79,16 +80,24 @@ def _spans(unit: Unit) -> Iterator[tuple[slice, dict[str, Span]]]:
 
 
 def _update(
-    rule: Rule, h: Any, flat: _Flat, span: slice, spans: dict[str, Span], observed: str | None
+    rule: Rule,
+    h: Any,
+    flat: _Flat,
+    span: slice,
+    spans: dict[str, Span],
+    scalars: dict[str, Tensor],
+    observed: str | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The rule on a span: new weights (the same where something is `observed`), new states."""
-    view = StateView({name: flat.unit.stores[name].decode(of) for name, of in spans.items()})
+    view = StateView({**{name: flat.unit.stores[name].decode(of) for name, of in spans.items()}, **scalars})
     grad, weight = flat.grad[span].float(), flat.weight[span].float()
     if observed is None:
         value = rule.update(grad, weight, view, h)
     else:
         rule.observe(observed, grad, view, h)
         value = weight
+    for name in scalars:
+        view.new.pop(name, None)
     for idle in flat.idle:
         part = slice(max(idle.start - span.start, 0), min(idle.stop, span.stop) - span.start)
         if part.stop <= part.start:

@@ -21,7 +21,7 @@ from distopt.plan.tiles import CHUNK, SMALL
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
 from distopt.state.units import Unit, Units
-from distopt.state.windows import Window, scaled
+from distopt.state.windows import Window, initial, scaled
 
 
 @dataclass
@@ -39,7 +39,13 @@ class BoundElementwise:
     def __init__(self, plan: GroupPlan, windows: list[Window], domains: Domains, device: torch.device) -> None:
         self.plan, self.windows, self.device = plan, windows, device
         self.gpu = device.type != "cpu"
-        states = plan.rule.states(Shape(1, 1, 1))
+        declared = plan.rule.states(Shape(1, 1, 1))
+        states = {name: state for name, state in declared.items() if state.kind == "like"}
+        self.scalars = {
+            name: torch.full((), float(state.fill), device=device)
+            for name, state in declared.items()
+            if state.kind == "group"
+        }
         layouts = [spec.layout for spec in plan.specs]
         units = [
             Unit(plan, windows, members, states, domains[layouts[members[0]].ranks])
@@ -56,11 +62,11 @@ class BoundElementwise:
         self.slabs: dict[str, Tensor] = {}
         sizes = [windows[i].numel for i in self.small]
         for name, state in states.items():
-            slab = self.slabs[name] = torch.full((self.padded,), state.fill, device=device)
+            slab = self.slabs[name] = torch.zeros(self.padded, device=device)
             for i, part in zip(self.small, slab[:packed].split(sizes)):
-                windows[i].state[name] = part
+                windows[i].state[name] = part.copy_(initial(state, windows[i].numel, windows[i].weight, device))
             for i in self.large:
-                windows[i].state[name] = torch.full((windows[i].numel,), state.fill, device=device)
+                windows[i].state[name] = initial(state, windows[i].numel, windows[i].weight, device)
         self._weight_views = self._shaped(self.weights[:packed])
         self._grad_views = self._shaped(self.grads[:packed])
         self._segments: list[tuple[int, int, int]] = []  # of the slab: start, stop, ranks that hold a copy
@@ -125,8 +131,9 @@ class BoundElementwise:
         self.grads.neg_()
         self._large_grads = {i: -grad for i, grad in self._large_grads.items()}
 
-    def step(self, rule: Rule, step: int, inert: set[int], union: Domain) -> None:
-        """Step every parameter with the gradients last collected; `inert` ones are left alone."""
+    def step(self, rule: Rule, step: int, inert: set[int], union: Domain, *, final: bool) -> None:
+        """Step every parameter with the gradients last collected; `inert` ones are left alone. The states of the group
+        change with the `final` call of a step."""
         large = [i for i in self.large if i not in inert]
         weights = {i: self.windows[i].weight() for i in large}
         kernel = fused_kernel(rule)
@@ -165,7 +172,18 @@ class BoundElementwise:
                     self.windows[i].finish()
         for i in large:
             self.windows[i].finish()
-        step_units(self.units, rule, step, inert, self._large_grads, self.gpu)
+        step_units(self.units, rule, step, inert, self._large_grads, self.gpu, self.scalars)
+        if self.scalars and final:
+            nothing = torch.empty(0, device=self.device)
+            view = StateView({**dict.fromkeys(self.slabs, nothing), **self.scalars})
+            rule.update(nothing, nothing, view, step_values(rule, step, Shape(1, 1, 1), self.gpu))
+            for name, value in view.new.items():
+                if name in self.scalars:
+                    self.scalars[name].copy_(value)
+
+    def scalar_state(self, name: str) -> Tensor:
+        """A state of the group, 0-D."""
+        return self.scalars[name]
 
     def observe(self, rule: Rule, name: str, step: int, values: list[Tensor] | None, inert: set[int]) -> None:
         """Feed what was last collected to the rule as an observation; `inert` parameters keep their states."""
@@ -175,7 +193,7 @@ class BoundElementwise:
         for grad, states in [*parts, (self.grads, self.slabs)]:
             self._run(rule, step, Part(grad, grad, states), name)
         self._restore(saved)
-        step_units(self.units, rule, step, inert, self._large_grads, self.gpu, name)
+        step_units(self.units, rule, step, inert, self._large_grads, self.gpu, self.scalars, name)
 
     def _saved(self, inert: set[int]) -> dict[int, dict[str, Tensor]]:
         """Copies of the states of small `inert` parameters, which are computed with their neighbours."""
@@ -200,14 +218,15 @@ class BoundElementwise:
         size = part.weight.numel() if self.gpu else CHUNK
         for start in range(0, part.weight.numel(), max(size, 1)):
             chunk = slice(start, start + size)
-            view = StateView({name: state[chunk] for name, state in part.states.items()})
+            view = StateView({**{name: state[chunk] for name, state in part.states.items()}, **self.scalars})
             grad = part.grad[chunk].float()
             if observed is not None:
                 rule.observe(observed, grad, view, h)
             else:
                 part.weight[chunk].copy_(rule.update(grad, part.weight[chunk].float(), view, h))
             for name, value in view.new.items():
-                part.states[name][chunk].copy_(value)
+                if name not in self.scalars:
+                    part.states[name][chunk].copy_(value)
 
 
 class _aligned:

@@ -5,7 +5,7 @@ It knows requests, stacks and buckets; no rule by name and no layout by kind.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from distopt.plan.build import IN_FLIGHT, Bucket, GroupPlan, Stack
 from distopt.plan.trace import Ask, Rounds, step_values
 from distopt.rule import Back, Reduction, Rule, Shape, StateView, Whole
 from distopt.state.units import Units
-from distopt.state.windows import Window, allocate_stacks, scaled, strided
+from distopt.state.windows import Window, allocate_stacks, no_extent, scaled, strided
 
 
 class BoundBucket:
@@ -42,13 +42,27 @@ class BoundBucket:
         self.rounds = rounds
         self.exchange = _routes(bucket, windows, domain) if bucket.exchanged else None
 
-    def run(self, rule: Rule, step: int, weights: list[Tensor], grads: list[Tensor], inert: set[int]) -> Run:
-        """One step: start every stack's generator, answer round by round, commit."""
+    def run(
+        self,
+        rule: Rule,
+        step: int,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        inert: set[int],
+        scalars: dict[str, Tensor],
+        share: float,
+    ) -> Run:
+        """One step: start every stack's generator, answer round by round, commit.
+
+        `scalars` are the states of the group; new values are put there, for the group to commit. `share` is one over the
+        number of copies of these parameters.
+        """
         bucket = self.bucket
+        before = dict(scalars)
         runs: list[Generator[Any, Any, Tensor]] = []
         views: list[StateView] = []
         for stack, slabs in zip(bucket.stacks, self.slabs):
-            views.append(StateView(slabs.tensors))
+            views.append(StateView({**slabs.tensors, **before}))
             h = step_values(rule, step, stack.shape, self.gpu, stack.turns)
             runs.append(rule.update(_load(grads, stack), _load(weights, stack), views[-1], h))
         for group, slabs in zip(bucket.owned, self.owned_slabs):
@@ -56,11 +70,19 @@ class BoundBucket:
             nothing = torch.empty((0, group.shape.rows, group.shape.cols), device=self.device)
             h = step_values(rule, step, group.shape, self.gpu, group.turns)
             runs.append(rule.update(nothing, nothing, views[-1], h))
+        if before and not runs:  # nothing lies here, but the group's states move on
+            shape = bucket.entries[0].shape
+            nothing = torch.empty((0, shape.rows, shape.cols), device=self.device)
+            states = {
+                name: torch.empty(no_extent(s, shape), device=self.device) for name, s in rule.states(shape).items()
+            }
+            views.append(StateView({**states, **before}))
+            runs.append(rule.update(nothing, nothing, views[-1], step_values(rule, step, shape, self.gpu)))
         answers: list[Any] = [None] * len(runs)
         values: list[Tensor] = []
         for asks in self.rounds:
             requests = [_normalize(run.send(answer)) for run, answer in zip(runs, answers)]
-            answered = yield from self._answer(asks, requests)
+            answered = yield from self._answer(asks, requests, inert, share)
             answers = [found if len(asks) > 1 else found[0] for found in answered]
         for run, answer in zip(runs, answers):
             try:
@@ -68,6 +90,8 @@ class BoundBucket:
             except StopIteration as end:
                 values.append(end.value)
         assert len(values) == len(runs)
+        for view in views:
+            scalars.update({name: view.new[name] for name in before if name in view.new})
         self._commit(views, inert)
         for stack, value in zip(bucket.stacks, values):
             for item, piece in enumerate(stack.pieces):
@@ -90,7 +114,7 @@ class BoundBucket:
         return torch.stack(found).unsqueeze(-1)
 
     def _answer(
-        self, asks: tuple[Ask, ...], requests: list[tuple[Any, ...]]
+        self, asks: tuple[Ask, ...], requests: list[tuple[Any, ...]], inert: set[int], share: float
     ) -> Generator[Any, Any, list[list[Tensor]]]:
         """All requests of one round. Stacks of pieces come first, owned matrices after them."""
         pieces = len(self.bucket.stacks)
@@ -110,7 +134,7 @@ class BoundBucket:
             if q in local:
                 continue
             if ask.scope == "optimizer":
-                total = yield Barrier(self._partial(ask, column), "max" if ask.kind == "max" else "sum")
+                total = yield Barrier(self._partial(ask, column, inert, share), "max" if ask.kind == "max" else "sum")
                 found_all = [total.view(1, 1, 1)] * len(requests)
             elif self.exchange is None:
                 found_all = [request.x for request in column]
@@ -139,12 +163,17 @@ class BoundBucket:
         yield from exchange.backward(sources, targets, sample)
         return targets + [sample.new_empty((0, o.shape.rows, o.shape.cols)) for o in bucket.owned]
 
-    def _partial(self, ask: Ask, column: list[Reduction]) -> Tensor:
-        """This rank's part of a sum of optimizer scope. Every replica of a parameter adds its copy."""
-        parts = [request.x for request in column[: len(self.bucket.stacks)]]
+    def _partial(self, ask: Ask, column: list[Reduction], inert: set[int], share: float) -> Tensor:
+        """This rank's part of a sum (or maximum) of optimizer scope."""
+        parts = []
+        for request, stack in zip(column, self.bucket.stacks):
+            kept = [i for i, piece in enumerate(stack.pieces) if piece.param not in inert]
+            parts.append(request.x if len(kept) == len(stack.pieces) else request.x[kept])
+        parts = [part for part in parts if part.numel()]
         if ask.kind == "max":
-            return torch.stack([part.amax() for part in parts]).amax().view(1)
-        return sum((part.sum() for part in parts), torch.zeros((), device=self.device)).view(1)
+            parts = [part.amax() for part in parts] or [torch.tensor(-torch.inf, device=self.device)]
+            return torch.stack(parts).amax().view(1)
+        return (share * sum((part.sum() for part in parts), torch.zeros((), device=self.device))).view(1)
 
     def _commit(self, views: list[StateView], inert: set[int]) -> None:
         """Write new states; those of parameters without a gradient anywhere stay as they were."""
@@ -152,7 +181,8 @@ class BoundBucket:
         for stack, slabs, view in zip(bucket.stacks, self.slabs, views):
             kept = [piece.param not in inert for piece in stack.pieces]
             for name, new in view.new.items():
-                _write(slabs.tensors[name], new, kept)
+                if name in slabs.tensors:
+                    _write(slabs.tensors[name], new, kept)
         for group, slabs, view in zip(bucket.owned, self.owned_slabs, views[len(bucket.stacks) :]):
             kept = [bucket.entries[number].param not in inert for number in group.entries]
             for name, new in view.new.items():
@@ -234,6 +264,13 @@ class BoundGroup:
         if plan.storage.codecs:
             raise ValueError(f"state_codec: {type(plan.rule).__name__} is not elementwise and keeps fp32 states so far")
         self.units = Units(plan, [], domains, device)
+        states = plan.rule.states(Shape(8, 8))
+        self.scalars = {
+            name: torch.full((1, 1, 1), float(state.fill), device=device)
+            for name, state in states.items()
+            if state.kind == "group"
+        }
+        self._next: dict[str, Tensor] = {}
         self._owner_states = self._find_owner_states()
         self._alarms = [
             (
@@ -263,21 +300,28 @@ class BoundGroup:
         """Turn the gradients last collected around; those of the parameters stay as they are."""
         self._grads = [-grad for grad in self._grads]
 
-    def step(self, rule: Rule, step: int, inert: set[int], union: Domain) -> None:
-        """Update every parameter with the gradients last collected; `inert` ones are left alone."""
-        grads = self._grads
+    def step(self, rule: Rule, step: int, inert: set[int], union: Domain, *, final: bool) -> None:
+        """Update every parameter with the gradients last collected; `inert` ones are left alone. The states of the group
+        change with the `final` call of a step."""
+        run_pipelined(self.runs(rule, step, inert, union, final=final), IN_FLIGHT)
+        self.finish()
+
+    def runs(self, rule: Rule, step: int, inert: set[int], union: Domain, *, final: bool) -> Iterator[Run]:
+        """The runs of the buckets; `finish` after the last one."""
         weights = [window.weight() for window in self.windows]
+        scalars = dict(self.scalars)
+        if final:
+            self._next = scalars
+        for bucket in self.buckets:
+            # Buckets without a parameter that steps are left out; the same ones on every rank.
+            if not all(entry.param in inert for entry in bucket.bucket.entries):
+                share = len(bucket.bucket.ranks) / union.size
+                yield bucket.run(rule, step, weights, self._grads, inert, scalars, share)
 
-        def total(partial: Tensor, op: str) -> Tensor:
-            work = union.all_reduce(partial, op)
-            if work is not None:
-                work.wait()
-            return partial
-
-        # Buckets without a parameter that steps are left out; the same ones on every rank.
-        active = [b for b in self.buckets if not all(entry.param in inert for entry in b.bucket.entries)]
-        runs = (bucket.run(rule, step, weights, grads, inert) for bucket in active)
-        run_pipelined(runs, IN_FLIGHT, total, self._barriers())
+    def finish(self) -> None:
+        """Write back what the runs left behind."""
+        for name, value in self._next.items():
+            self.scalars[name].copy_(value.view(1, 1, 1))
         for window in self.windows:
             window.finish()
 
@@ -309,12 +353,8 @@ class BoundGroup:
         return self._owner_states.get((param, matrix), {}).get(name)
 
     def scalar_state(self, name: str) -> Tensor:
-        """A state of optimizer kind, which every stack of the group keeps alike."""
-        for bucket in self.buckets:
-            for slabs in bucket.slabs:
-                if name in slabs.tensors:
-                    return slabs.tensors[name].view(())
-        return torch.zeros((), device=self.device)
+        """A state of the group, 0-D."""
+        return self.scalars[name].view(())
 
     def _find_owner_states(self) -> dict[tuple[int, int], dict[str, Tensor]]:
         found: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -334,6 +374,8 @@ class BoundGroup:
                     }
         return found
 
-    def _barriers(self) -> list[tuple[str, int]]:
+    def barriers(self) -> list[tuple[str, int]]:
+        """The (operation, values) of optimizer scope that its rule asks for in a step, in order. Groups that ask must run
+        together."""
         asks = [ask for asks in self.plan.rounds(Shape(8, 8)) for ask in asks if ask.scope == "optimizer"]
         return [("max" if ask.kind == "max" else "sum", 1) for ask in asks]

@@ -32,7 +32,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "maximize": False,
 }
 TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused")
-BOOKKEEPING = {"params", "param_names", "rule", "initial_lr"}
+BOOKKEEPING = {"params", "param_names", "rule", "initial_lr", "train_mode"}
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -143,6 +143,8 @@ class Optimizer(torch.optim.Optimizer):
                 key: self.defaults[key] for key in ("lr", "weight_decay") if key in allowed and key in self.defaults
             }
             group = {**_defaults(name), **shared, **group}
+        if rule_class(name).modes:
+            group.setdefault("train_mode", True)
         before = self.defaults
         try:
             self.defaults = {key: value for key, value in self.defaults.items() if key in allowed or key == "rule"}
@@ -167,6 +169,8 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: a hyperparameter out of range; a non-finite or missing gradient, where that is to raise. On every
                 rank alike, with parameters and states unchanged.
         """
+        if not all(group.get("train_mode", True) for group in self.param_groups):
+            raise ValueError("the weights are those to evaluate: call optimizer.train() before training goes on")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -207,6 +211,24 @@ class Optimizer(torch.optim.Optimizer):
                 finite. On every rank alike, with states unchanged.
         """
         return observe(self._bind(), self.param_groups, self.engine, name, values)
+
+    def train(self) -> None:
+        """Put the weights that are trained into the model, after `eval`. Only rules with two sets of weights (Schedule-Free)
+        do anything, and only when they are not there already."""
+        self._set_mode(True)
+
+    def eval(self) -> None:
+        """Put the weights to evaluate, and to keep, into the model; see `train`. The mode is saved in state dicts."""
+        self._set_mode(False)
+
+    @torch.no_grad()
+    def _set_mode(self, train: bool) -> None:
+        wanted = [group.get("train_mode", train) != train for group in self.param_groups]
+        if any(wanted):
+            self._bind().swap(self.param_groups, wanted)
+            for group, changes in zip(self.param_groups, wanted):
+                if changes:
+                    group["train_mode"] = train
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's. Collective where states live with owners of sharded parameters (SOAP under FSDP2), or where

@@ -22,7 +22,7 @@ MAX_FAILURES = 3
 """Refreshes in a row that may fail before training stops with an error."""
 
 Scope = Literal["matrix", "tensor", "optimizer"]
-Kind = Literal["like", "row", "col", "matrix", "optimizer", "owner"]
+Kind = Literal["like", "row", "col", "matrix", "group", "owner"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +37,8 @@ class Reduction:
 
 
 def Sum(x: Tensor, dim: Literal[-1, -2] | None = None, *, scope: Scope = "matrix") -> Reduction:
-    """Ask for the sum of `x` over a dim of the logical matrix, over the matrix, the tensor or the whole group."""
+    """Ask for the sum of `x` over a dim of the logical matrix, over the matrix, the tensor, or, with scope="optimizer",
+    over every parameter that steps now, each element once however many copies there are."""
     return Reduction("sum", x, dim, scope)
 
 
@@ -94,16 +95,21 @@ class State:
     """Declaration of one state of a rule.
 
     kind: "like" lies as the parameter does, element for element; "row" is `(rows, 1)`, "col" is `(1, cols)`, "matrix"
-    is one number per logical matrix, "optimizer" one number per parameter group; "owner" lives with whoever computes
-    the matrix and has the `shape` given here. `signed` is False for what is never negative, such as a mean of squares:
-    stored in few bits, it keeps small values from becoming zero.
+    is one number per logical matrix; "owner" lives with whoever computes the matrix and has the `shape` given here.
+    "group" is one number per parameter group, which every stack must update to the same value, from sums of optimizer
+    scope and scalars alone.
+
+    fill: what it starts as; "weight" (of a "like" state): as the weights.
+
+    signed: False for what is never negative, such as a mean of squares: stored in few bits, it keeps small values from
+    becoming zero.
 
     limit: of an "owner" state that counts what went wrong; above it, the next step raises on every rank.
     """
 
     kind: Kind = "like"
     shape: tuple[int, int] = (0, 0)
-    fill: float = 0.0
+    fill: float | Literal["weight"] = 0.0
     limit: float | None = None
     signed: bool = True
 
@@ -166,6 +172,8 @@ class Rule:
     observes: ClassVar[Mapping[str, Literal["like", "row"]]] = {}
     """What `optimizer.observe` may feed beside gradients, by name: "like" has an element per weight, "row" one number per
     row of a matrix (in equal blocks of rows: heads)."""
+    modes: ClassVar[bool] = False
+    """Whether the weights that are trained are not those to evaluate, so that optimizer.train() and .eval() swap them."""
     create_defaults: ClassVar[Mapping[str, Any]] = {}
     """Defaults that create_optimizer changes, because there one lr serves several rules."""
 
@@ -207,6 +215,14 @@ class Rule:
 
     def due(self, step: int, turn: int) -> bool:
         """Whether recurring work whose turn is 0 … turns() − 1 is done in this step; turn 0 is the published schedule."""
+        raise NotImplementedError
+
+    def evaluated(self, weight: Tensor, state: Any) -> Tensor:
+        """The weights to evaluate, from those that are trained; elementwise. Of rules with `modes`."""
+        raise NotImplementedError
+
+    def trained(self, weight: Tensor, state: Any) -> Tensor:
+        """The weights to train, from those that were evaluated; the inverse of `evaluated`, up to rounding."""
         raise NotImplementedError
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Any:

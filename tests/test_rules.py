@@ -40,16 +40,17 @@ def distance(result: Tensor, reference: Tensor, weight: Tensor) -> float:
 
 @cache
 def ours(name: str, variant: str) -> dict[str, Tensor]:
-    """The weights after the last step, all shapes in one optimizer."""
+    """The weights after the last step, all shapes in one optimizer if they have nothing to do with each other."""
     case = collect()[name]
     params = {key: nn.Parameter(start(shape)[0].clone()) for key, shape in case.accepted(MIXED).items()}
-    optimizer = getattr(distopt, case.optimizer)(params.items(), **case.variants[variant])
-    for step in range(STEPS):
-        if case.observes and step % 3 == 0:
-            show(case, optimizer, params, step)
-        for key, param in params.items():
-            param.grad = start(MIXED[key])[1][step].clone()
-        optimizer.step()
+    for together in [[item] for item in params.items()] if case.alone else [list(params.items())]:
+        optimizer = getattr(distopt, case.optimizer)(together, **case.variants[variant])
+        for step in range(STEPS):
+            if case.observes and step % 3 == 0:
+                show(case, optimizer, dict(together), step)
+            for key, param in together:
+                param.grad = start(MIXED[key])[1][step].clone()
+            optimizer.step()
     return {key: param.detach() for key, param in params.items()}
 
 

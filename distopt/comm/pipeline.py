@@ -23,18 +23,8 @@ class Barrier:
 Run = Generator[dist.Work | Barrier | None, Any, None]
 
 
-def run_pipelined(
-    runs: Iterable[Run], depth: int, total: Callable[[Tensor, str], Tensor], barriers: Sequence[tuple[str, int]] = ()
-) -> None:
-    """Drive bucket runs to their end, at most `depth` in flight, in an order that is the same on every rank.
-
-    A run yields the work it waits for, or a Barrier. `barriers` lists the (operation, values) that the rule will ask
-    for over the whole group, in order; then all runs advance together, and `total` adds the partial sums over ranks,
-    also on a rank that has no run at all.
-    """
-    if barriers:
-        _run_in_step(list(runs), total, barriers)
-        return
+def run_pipelined(runs: Iterable[Run], depth: int) -> None:
+    """Drive bucket runs to their end, at most `depth` in flight, in an order that is the same on every rank."""
     waiting: deque[tuple[Run, dist.Work]] = deque()
     for run in runs:
         _advance(run, waiting)
@@ -59,7 +49,14 @@ def _advance(run: Run, waiting: deque[tuple[Run, dist.Work]]) -> None:
             return
 
 
-def _run_in_step(runs: list[Run], total: Callable[[Tensor, str], Tensor], barriers: Sequence[tuple[str, int]]) -> None:
+def run_in_step(
+    runs: Sequence[Run], total: Callable[[Tensor, str], Tensor], barriers: Sequence[tuple[str, int]]
+) -> None:
+    """Drive bucket runs of requests of optimizer scope to their end, all together.
+
+    `barriers` lists the (operation, values) that the rule will ask for, in order; `total` adds the partial sums over
+    ranks, also on a rank that has no run at all.
+    """
     answer: Tensor | None = None
     for op, values in barriers:
         partials = [event.partial for event in (_to_barrier(run, answer) for run in runs) if event is not None]

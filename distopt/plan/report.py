@@ -247,7 +247,7 @@ def agreement_bytes(plan: GroupPlan) -> int:
 
 def _stack_bytes(plan: GroupPlan, bucket: Bucket, stack: Stack) -> list[int]:
     k, rows, cols = stack.size
-    size = {"like": rows * cols, "row": rows, "col": cols, "matrix": 1, "optimizer": 0}
+    size = {"like": rows * cols, "row": rows, "col": cols, "matrix": 1, "group": 0}
     return [
         4
         * k
@@ -257,7 +257,7 @@ def _stack_bytes(plan: GroupPlan, bucket: Bucket, stack: Stack) -> list[int]:
 
 
 def _entry_bytes(plan: GroupPlan, shape: Shape, *, owners: bool) -> int:
-    size = {"like": shape.numel, "row": shape.rows, "col": shape.cols, "matrix": 1, "optimizer": 0}
+    size = {"like": shape.numel, "row": shape.rows, "col": shape.cols, "matrix": 1, "group": 0}
     states = plan.rule.states(shape).values()
     if owners:
         return sum(4 * state.shape[0] * state.shape[1] for state in states if state.kind == "owner")

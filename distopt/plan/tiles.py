@@ -41,8 +41,11 @@ class Storage:
     seed: int = 0
 
     def codec(self, name: str, state: State, shape: tuple[int, ...]) -> Any:
-        """The codec of a state of a parameter of this global shape; None: fp32. Statistics, which are few, stay fp32."""
+        """The codec of a state of a parameter of this global shape; None: fp32. Statistics, which are few, stay fp32, and
+        so do copies of the weights, whose rounding would be the weights' own."""
         found = self.codecs.get(name, self.codecs.get(""))
+        if state.fill == "weight":
+            return None
         if found is None or state.kind not in ("like", "owner") or prod(shape) < LEAST:
             return None
         if state.kind == "owner" and prod(state.shape) < LEAST:

@@ -149,7 +149,7 @@ def _meta(state: State, piece: tuple[int, int, int], owner: tuple[int, int, int]
     items, rows, cols = piece
     shapes = {
         "like": piece, "row": (items, rows, 1), "col": (items, 1, cols), "matrix": (items, 1, 1),
-        "optimizer": (1, 1, 1), "owner": owner,
+        "group": (1, 1, 1), "owner": owner,
     }  # fmt: skip
     return torch.empty(shapes[state.kind], device="meta")
 

@@ -53,7 +53,7 @@ class Faces:
         window = self.windows[number]
         found = {}
         for name, state in self.declared(number).items():
-            if state.kind == "optimizer":
+            if state.kind == "group":
                 found[name] = self.group.scalar_state(name)
             elif not self.travels(number, state) and not self.group.units.holds(number, name):
                 found[name] = self._view(window, name, self.face_shape(number, state))

@@ -121,7 +121,7 @@ def _check_parameter(
         value = found[key]
         if not isinstance(value, Tensor) or value.is_complex():
             raise ValueError(f"{name!r}: state {key!r} is {type(value).__name__}, expected a tensor")
-        shape = faces.face_shape(position, state) if state.kind != "optimizer" else ()
+        shape = faces.face_shape(position, state) if state.kind != "group" else ()
         window = faces.windows[position]
         if faces.travels(position, state):
             local = _local_part(value, shape, faces.face_geometry(position, key).layout, window, name, key)

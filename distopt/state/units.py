@@ -51,7 +51,10 @@ class Unit:
             starts = None
             if codec.stochastic:
                 starts = np.concatenate([tile_starts(s.layout, s.index) + firsts[i] for s, i in zip(specs, members)])
-            self.stores[name] = Coded(codec, tiles, first.param.device, state.fill, starts)
+            fill = 0.0 if state.fill == "weight" else state.fill
+            store = self.stores[name] = Coded(codec, tiles, first.param.device, fill, starts)
+            if state.fill == "weight":
+                store.write(torch.cat([window.weight().float() for window in self.windows]), None, Key(0, 0, ""))
             self.slots[name] = sum(slots)
 
 

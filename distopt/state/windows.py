@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from distopt.layouts import Partition, local_tensor
 from distopt.plan.build import Bucket, Piece, Spec, Stack
-from distopt.rule import Rule, State
+from distopt.rule import Rule, Shape, State
 
 
 @dataclass
@@ -141,6 +142,19 @@ def piece_extent(state: State, piece: Piece) -> tuple[int, int]:
     return extents[state.kind]
 
 
+def no_extent(state: State, shape: Shape) -> tuple[int, int, int]:
+    """The shape of a state of no pieces."""
+    rows = shape.rows if state.kind in ("like", "row") else 1
+    return 0, rows, shape.cols if state.kind in ("like", "col") else 1
+
+
+def initial(state: State, numel: int, weight: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """A flat state as it starts; `weight` gives the flat weights that it lies like."""
+    if state.fill == "weight":
+        return weight().to(torch.float32, copy=True)
+    return torch.full((numel,), state.fill, device=device)
+
+
 def allocate_stacks(
     rule: Rule, bucket: Bucket, windows: list[Window], pieces: dict[int, list[Piece]], device: torch.device
 ) -> tuple[list[Slabs], list[Slabs]]:
@@ -155,10 +169,8 @@ def allocate_stacks(
         slabs = Slabs({}, {name: state.kind for name, state in declared.items()})
         for name, state in declared.items():
             if state.kind == "owner" and bucket.exchanged:
-                slabs.tensors[name] = torch.full((0, *state.shape), state.fill, device=device)
-            elif state.kind == "optimizer":
-                slabs.tensors[name] = torch.full((1, 1, 1), state.fill, device=device)
-            else:
+                slabs.tensors[name] = torch.empty((0, *state.shape), device=device)
+            elif state.kind != "group":
                 slabs.tensors[name] = _piece_slab(name, state, stack, windows, pieces, device)
         stacks.append(slabs)
     owned = []
@@ -166,12 +178,11 @@ def allocate_stacks(
         declared = rule.states(group.shape)
         slabs = Slabs({}, {name: state.kind for name, state in declared.items()})
         for name, state in declared.items():
-            empty = {
-                "like": (0, group.shape.rows, group.shape.cols), "row": (0, group.shape.rows, 1),
-                "col": (0, 1, group.shape.cols), "matrix": (0, 1, 1), "optimizer": (1, 1, 1),
-            }  # fmt: skip
-            shape = (len(group.entries), *state.shape) if state.kind == "owner" else empty[state.kind]
-            slabs.tensors[name] = torch.full(shape, state.fill, device=device)
+            if state.kind == "owner":
+                shape = (len(group.entries), *state.shape)
+                slabs.tensors[name] = torch.full(shape, float(state.fill), device=device)
+            elif state.kind != "group":
+                slabs.tensors[name] = torch.empty(no_extent(state, group.shape), device=device)
         owned.append(slabs)
     return stacks, owned
 
@@ -184,14 +195,16 @@ def _piece_slab(
     first = stack.pieces[0]
     rows, cols = piece_extent(state, first)
     if all(len(pieces[piece.param]) == 1 for piece in stack.pieces):
-        slab = torch.full((len(stack.pieces), rows, cols), state.fill, device=device)
+        slab = torch.empty((len(stack.pieces), rows, cols), device=device)
         for item, piece in zip(slab, stack.pieces):
-            windows[piece.param].state[name] = item.view(-1)
+            window = windows[piece.param]
+            window.state[name] = item.view(-1)
+            item.view(-1).copy_(initial(state, rows * cols, window.weight, device))
         return slab
     window, siblings = windows[first.param], pieces[first.param]
     if name not in window.state:
         total = sum(prod(piece_extent(state, sibling)) for sibling in siblings)
-        window.state[name] = torch.full((total,), state.fill, device=device)
+        window.state[name] = initial(state, total, window.weight, device)
     flat = window.state[name]
     if state.kind == "like":
         return strided(flat, stack)

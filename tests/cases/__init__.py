@@ -80,6 +80,7 @@ class Case:
         observes: What its optimizer is shown before every third step, if anything; references get it as `observed`, by the
             number of the step from 0.
         first_update: The step, counted from 1, that first changes weights.
+        alone: Each shape is compared with its oracles in an optimizer of its own, since sums run over all parameters.
         torch_class: The class of torch.optim whose argument names, order and defaults it has, if torch has it.
         sharded: Largest rel against one process on any layout; 0 demands torch.equal.
         sharded_stacks: The same for models with several matrices of one shape, which may be batched differently.
@@ -93,6 +94,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     observes: str | None = None
     first_update: int = 1
+    alone: bool = False
     torch_class: type[torch.optim.Optimizer] | None = None
     sharded: float
     sharded_stacks: float

@@ -56,10 +56,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Adafactor": {"lr": 0.01},
     "Muon": {"lr": 0.01},
     "SOAP": {"lr": 0.01, "precondition_frequency": 2, "max_precond_dim": 48},
+    "Prodigy": {"lr": 1.0, "d0": 1e-3},
+    "ScheduleFreeAdamW": {"lr": 0.01},
 }
 # Against one process: bits where the order of operations is the same, else the tolerance of the rule's own tests.
-REL = {"AdamW": 0, "SGD": 0, "Lion": 0, "Adafactor": 1e-6, "Muon": 1e-5, "SOAP": 0}
-KINDS = ["AdamW", "Adafactor", "Muon", "SOAP"]
+REL = {
+    "AdamW": 0,
+    "SGD": 0,
+    "Lion": 0,
+    "Adafactor": 1e-6,
+    "Muon": 1e-5,
+    "SOAP": 0,
+    "Prodigy": 1e-6,
+    "ScheduleFreeAdamW": 0,
+}
+FROM_ZERO = ["AdamW", "Adafactor", "Muon", "SOAP"]
+KINDS = [*FROM_ZERO, "Prodigy", "ScheduleFreeAdamW"]
 
 
 def shapes_of(optimizer: str) -> Shapes:
@@ -286,7 +298,7 @@ def fresh_saved(optimizer: str, path: Path) -> list[bool]:
     return [torch.equal(before[name], local_tensor(param)) for name, param in laid.params.items()]
 
 
-@pytest.mark.parametrize("optimizer", KINDS)
+@pytest.mark.parametrize("optimizer", FROM_ZERO)
 def test_saving_a_fresh_optimizer_never_steps(optimizer: str, tmp_path: Path) -> None:
     for unchanged in pool(2).run(f"{HERE}:fresh_saved", optimizer, tmp_path / "saved"):
         assert all(unchanged)
@@ -455,7 +467,7 @@ def get_without_a_step(optimizer: str, with_gradients: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
-@pytest.mark.parametrize("optimizer", KINDS)
+@pytest.mark.parametrize("optimizer", FROM_ZERO)
 def test_torch_state_dict_of_a_fresh_optimizer_is_complete_and_never_steps(
     optimizer: str, with_gradients: bool
 ) -> None:

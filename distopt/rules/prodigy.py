@@ -17,8 +17,11 @@ class Prodigy(Rule):
     from inner products of gradients with the way gone so far. Names and defaults are prodigyopt's; weight decay is
     decoupled. One d for the whole optimizer: groups should differ in nothing that it is made of.
 
-    lr is a factor on d: leave it at 1 and schedule it, with a decay. A step has the size that Adam's would have at the
-    learning rate d·lr. It pays where nobody can tune; a tuned AdamW is seldom beaten.
+    lr is a factor on d; a step has the size that Adam's would have at the learning rate d·lr.
+
+    Start: lr 1 with a schedule that decays to 0, d_coef 0.5 … 2 to turn it down or up (its authors' README).
+
+    It pays where nobody can tune; a tuned AdamW is seldom beaten.
 
     Deviations: a group whose lr differs from the others' adds to d with its own (prodigyopt refuses it); where every
     gradient is zero weights still decay. The first weights are kept in fp32.

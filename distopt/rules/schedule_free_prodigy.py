@@ -19,8 +19,14 @@ class ScheduleFreeProdigy(Prodigy):
     has the combination; both halves are as their authors' code. Options are Prodigy's.
 
     The model's weights are y while training and x to evaluate and to keep: call `optimizer.eval()` before either, and
-    `optimizer.train()` before the next step. lr is a factor on d: leave it at 1. AlgoPerf's external tuning gave a
-    submission of this kind 0 points, where Schedule-Free AdamW had 0.71: it is for trying, not for counting on.
+    `optimizer.train()` before the next step.
+
+    lr is a factor on d, as Prodigy's.
+
+    Start: lr 1, no schedule (both papers).
+
+    AlgoPerf's external tuning gave a submission of this kind 0 points, where Schedule-Free AdamW had 0.71: it is for
+    trying, not for counting on.
     """
 
     modes: ClassVar = True

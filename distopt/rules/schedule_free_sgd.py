@@ -17,8 +17,11 @@ class ScheduleFreeSGD(Rule):
     are taken at y between the two, momentum of the way from z to x. Names, order and defaults are schedulefree's.
 
     The model's weights are y while training and x to evaluate and to keep: call `optimizer.eval()` before either, and
-    `optimizer.train()` before the next step. lr is that of SGD, constant after `warmup_steps`; a larger one than with a
-    schedule is usual (schedulefree says 10 to 50 times). Each z has the weight step^r · (largest lr so far)^weight_lr_power.
+    `optimizer.train()` before the next step. Each z has the weight step^r · (largest lr so far)^weight_lr_power.
+
+    lr multiplies the gradient, as SGD's, and is constant after `warmup_steps`.
+
+    Start: 10 to 50 times the lr of SGD with a schedule, momentum 0.9, warmup (its authors' README).
 
     It pays where the length of training is not known in advance. Batch-norm statistics must be computed anew at x.
     """

@@ -119,10 +119,13 @@ H100 = Rates(
 
 CPU = Rates(
     "one core per rank, gloo over loopback",
-    flops={"float32": 90e9, "bfloat16": 180e9},  # benchmarks/newton_schulz.py, one thread
+    flops={
+        "float32": 90e9, "bfloat16": 180e9,  # benchmarks/newton_schulz.py, one thread
+        "eigh": 40e9, "qr": 28e9, "svd": 46e9, "cholesky": 23e9, "solve": 22e9,  # `distopt calibrate`, 512 rows
+    },
     memory_bandwidth=10e9,
     links=(Link("loopback", 1 << 20, 0.4e9, 300e-6),),  # 28M fp32 parameters to owners and back on 4 ranks: 105 ms
-)
+)  # fmt: skip
 
 PRESETS = {"h100": H100, "cpu": CPU}
 

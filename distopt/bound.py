@@ -19,6 +19,7 @@ from distopt.elementwise import BoundElementwise
 from distopt.engine import BoundGroup
 from distopt.layouts import Partition, layout_of, local_tensor
 from distopt.plan.build import BUCKET_BYTES, Group, GroupPlan, Spec, plan_group
+from distopt.plan.geometry import READING
 from distopt.plan.report import PlanReport
 from distopt.rule import Rule, Shape, StateView
 from distopt.rules import group_rule
@@ -64,6 +65,7 @@ class Bound:
 
         rules = [group_rule(group) for group in groups]
         self._stored = [{name: group[name] for name in STORAGE_OPTIONS} for group in groups]
+        self._readings = _readings(groups)
         self._agree(rules, layouts, engine)
         self.groups: list[BoundGroup | BoundElementwise] = []
         self.plans: list[GroupPlan] = []
@@ -74,7 +76,9 @@ class Bound:
                 Spec(self.names[i], layouts[i], layouts[i].ranks.index(self.rank), self.params[i].element_size())
                 for i in range(start, stop)
             )
-            plan = plan_group(Group(rule, specs, replicas, self.device.type != "cpu", group_storage(group)), self.rank)
+            plan = plan_group(
+                Group(rule, specs, replicas, self.device.type != "cpu", group_storage(group), group["split"]), self.rank
+            )
             self.plans.append(plan)
             windows = [make_window(param, spec) for param, spec in zip(self.params[start:stop], plan.specs)]
             make = BoundElementwise if plan.elementwise else BoundGroup
@@ -302,6 +306,10 @@ class Bound:
                     "optimizer that was built so"
                 )
         rules = [group_rule(group) for group in groups]
+        if self._readings != (now := _readings(groups)):
+            raise ValueError(
+                f"split or block_size were changed after bind, from {self._readings} to {now}; build a new optimizer"
+            )
         shape = Shape(4, 4)
         for plan, rule in zip(self.plans, rules):
             if rule != plan.rule and rule.states(shape).keys() != plan.rule.states(shape).keys():
@@ -373,6 +381,7 @@ class Bound:
         ]
         words += [f"group {i}: {type(rule).__name__} {_jsonable(asdict(rule))}" for i, rule in enumerate(rules)]
         words += [f"group {i}: {_jsonable(stored)}" for i, stored in enumerate(self._stored)]
+        words += [f"group {i}: {_jsonable(reading)}" for i, reading in enumerate(self._readings)]
         words.append("options: " + _jsonable({k: v for k, v in engine.items() if not k.endswith("_group")}))
         digests = [_digest(word) for word in words]
         counts = self.union.all_gather_ints([len(words), _digest("\n".join(words))], self.device)
@@ -468,6 +477,10 @@ def _known_groups(params: list[Tensor], engine: dict[str, Any]) -> list[dist.Pro
 
 def _ranks(group: dist.ProcessGroup | None) -> tuple[int, ...] | None:
     return None if group is None else tuple(sorted(dist.get_process_group_ranks(group)))
+
+
+def _readings(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: group[key] for key in READING if key in group} for group in groups]
 
 
 def _digest(text: str) -> int:

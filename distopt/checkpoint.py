@@ -5,7 +5,7 @@ bit for bit. No pickle: safetensors and JSON (`distopt.state.files`).
 
 In it are `model/<name>` (parameters and persistent buffers) and `state/<name>/<state>`. A statistic of rows is stored as
 (rows of all logical matrices, 1), one of columns as (matrices, columns), a state that lives with owners as the matrices
-stacked by rows.
+stacked by rows; where a split makes matrices of several shapes, all of these are one flat run, matrix after matrix.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from distopt.averaging import Average
 from distopt.bound import Bound, reshard, strip_prefixes
 from distopt.layouts import layout_of, local_tensor
 from distopt.layouts.base import Layout
-from distopt.layouts.region import Rect
-from distopt.plan.geometry import Geometry, geometry_of
+from distopt.plan.geometry import geometry_of
 from distopt.rule import Shape, State
 from distopt.rules import group_rule
 from distopt.state.agreement import Ranks
 from distopt.state.faces import Faces
 from distopt.state.files import Piece, check_writable, write
+from distopt.state.loading import check_reading
 from distopt.state.manifest import CheckpointError
 from distopt.state.reader import Reader, latest, prune
 
@@ -175,6 +175,10 @@ def _check(reader: Reader, parts: list[_Part], groups: Any, optimizer: Any, name
             raise CheckpointError(
                 f"group {number} was saved by rule {saved['options']['rule']!r}, here it is {group['rule']!r}"
             )
+        try:
+            check_reading(number, group, saved["options"])
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
         options = {key: _restored(value) for key, value in saved["options"].items()}
         for shape in (Shape(1, 4, 1), Shape(4, 4)):
             there, ours = (set(group_rule({**group, **o}).states(shape)) for o in (options, {}))
@@ -251,7 +255,6 @@ def _state_parts(name: str, key: str, state: State, number: int, faces: Faces) -
     window = faces.windows[number]
     layout, index = window.spec.layout, window.spec.index
     logical = faces.logical(number)
-    shape = logical.shape
     if state.kind == "group":
         yield _Part(name, (), (0, 1, 0, 1), faces.group.scalar_state(key).view(1, 1))
         return
@@ -270,52 +273,31 @@ def _state_parts(name: str, key: str, state: State, number: int, faces: Faces) -
             part.coded = coded
             yield part
         return
-    geometry = geometry_of(layout, logical)
     if state.kind == "owner":
+        starts = faces.owner_starts(number, key)
         rows, cols = state.shape
-        whole = (logical.count * rows, cols)
+        whole: tuple[int, ...] = (starts[-1],) if logical.declared else (logical.count * rows, cols)
         yield _Part(name, whole, (0, 0, 0, 0), torch.empty((0, 0)))
         for matrix in range(logical.count):
             tensor = faces.group.find_owner_state(number, matrix, key)
             if tensor is not None:
-                yield _Part(name, whole, (matrix * rows, (matrix + 1) * rows, 0, cols), tensor)
+                if logical.declared:  # shapes differ: one after the other, flat
+                    yield _Part(name, whole, (0, 1, starts[matrix], starts[matrix + 1]), tensor.view(1, -1))
+                else:
+                    yield _Part(name, whole, (matrix * rows, (matrix + 1) * rows, 0, cols), tensor)
         return
-    length = {"row": shape.rows, "col": shape.cols, "matrix": 1}[state.kind]
-    whole = (logical.count * length, 1) if state.kind != "col" else (logical.count, length)
+    starts = logical.starts(state.kind)
+    upright = state.kind != "col" and not logical.declared
+    whole = (starts[-1], 1) if upright else (starts[-1],) if logical.declared else (logical.count, starts[1])
     yield _Part(name, whole, (0, 0, 0, 0), torch.empty((0, 0)))
-    offset = 0
-    for matrix, rect in sorted(geometry.pieces(index), key=lambda piece: piece[1].offset):
-        start, stop = _extent(state.kind, rect)
-        flat = window.state[key][offset : offset + stop - start]
-        offset += stop - start
-        for a, b, saves in _shares(geometry, state.kind, index, matrix, rect):
-            part = flat[a - start : b - start]
-            if state.kind == "col":
-                yield _Part(name, whole, (matrix, matrix + 1, a, b), part.view(1, -1), saves=saves)
-            else:
-                yield _Part(
-                    name, whole, (matrix * length + a, matrix * length + b, 0, 1), part.view(-1, 1), saves=saves
-                )
-
-
-def _shares(geometry: Geometry, kind: str, index: int, matrix: int, rect: Rect) -> Iterator[tuple[int, int, bool]]:
-    """What a rectangle has of a statistic, cut into runs; of each, whether no earlier rank and no earlier rectangle of
-    this rank has it, so that it is saved from here."""
-    start, stop = _extent(kind, rect)
-    taken = np.zeros(stop - start, dtype=bool)
-    earlier = [other for rank in range(index) for other in geometry.pieces_of(rank, matrix)]
-    earlier += [other for other in geometry.pieces_of(index, matrix) if other.offset < rect.offset]
-    for other in earlier:
-        a, b = _extent(kind, other)
-        taken[max(a - start, 0) : max(b - start, 0)] = True
-    edges = [0, *(np.flatnonzero(np.diff(taken)) + 1).tolist(), stop - start]
-    for a, b in zip(edges, edges[1:]):
-        yield start + a, start + b, not taken[a]
-
-
-def _extent(kind: str, rect: Rect) -> tuple[int, int]:
-    """The interval of a statistic that a rectangle has: of its rows, its columns, or the matrix's one number."""
-    return {"row": (rect.r0, rect.r1), "col": (rect.c0, rect.c1), "matrix": (0, 1)}[kind]
+    for matrix, a, b, at, saves in geometry_of(layout, logical).statistics(index, state.kind):
+        part, first = window.state[key][at : at + b - a], starts[matrix]
+        if upright:
+            yield _Part(name, whole, (first + a, first + b, 0, 1), part.view(-1, 1), saves=saves)
+        elif logical.declared:
+            yield _Part(name, whole, (0, 1, first + a, first + b), part.view(1, -1), saves=saves)
+        else:
+            yield _Part(name, whole, (matrix, matrix + 1, a, b), part.view(1, -1), saves=saves)
 
 
 def _strided(flat: Tensor, rows: int, cols: int, stride: int, offset: int) -> Tensor:

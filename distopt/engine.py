@@ -109,7 +109,8 @@ class BoundBucket:
 
     def _rows(self, values: list[Tensor], stack: Stack) -> Tensor:
         """The stack's part (k, rows, 1) of one number per row of each parameter."""
-        starts = [self.bucket.entries[p.entry].matrix * stack.shape.rows + stack.rect.r0 for p in stack.pieces]
+        entries = [self.bucket.entries[piece.entry] for piece in stack.pieces]
+        starts = [entry.geometry.logical.starts("row")[entry.matrix] + stack.rect.r0 for entry in entries]
         found = [values[p.param][start : start + stack.size[1]] for p, start in zip(stack.pieces, starts)]
         return torch.stack(found).unsqueeze(-1)
 
@@ -137,7 +138,7 @@ class BoundBucket:
                 total = yield Barrier(self._partial(ask, column, inert, share), "max" if ask.kind == "max" else "sum")
                 found_all = [total.view(1, 1, 1)] * len(requests)
             elif self.exchange is None:
-                found_all = [request.x for request in column]
+                found_all = [_settled(request.x) for request in column]
             elif ask.kind == "whole":
                 found_all = yield from self._whole(self.exchange, column, ask.dtype)
             else:
@@ -211,16 +212,25 @@ def _routes(bucket: Bucket, windows: list[Window], domain: Domain) -> Exchange:
     return Exchange(domain, pieces, owned)
 
 
+def _settled(matrices: Tensor) -> Tensor:
+    """Matrices as those are that have travelled: one after the other from the start of a cache line. Products of others
+    may have other bits."""
+    aligned = matrices.is_contiguous() and matrices.data_ptr() % 64 == 0
+    return matrices if aligned else matrices.clone(memory_format=torch.contiguous_format)
+
+
 def _load(flats: list[Tensor], stack: Stack) -> Tensor:
     """The stack (k, rows, cols) in fp32: a view where one can be had."""
     if len({piece.param for piece in stack.pieces}) == 1:
-        return strided(flats[stack.pieces[0].param], stack).float()
+        found = strided(flats[stack.pieces[0].param], stack).float()
+        # Sums over another order of strides would have other bits than the same matrix stored alone.
+        return found if stack.rect.dense else found.contiguous()
     return torch.stack([_view(flats[piece.param], piece.rect) for piece in stack.pieces]).float()
 
 
 def _view(flat: Tensor, rect: Any) -> Tensor:
     return flat.as_strided(
-        (rect.r1 - rect.r0, rect.c1 - rect.c0), (rect.stride, 1), flat.storage_offset() + rect.offset
+        (rect.r1 - rect.r0, rect.c1 - rect.c0), (rect.stride, rect.step), flat.storage_offset() + rect.offset
     )
 
 

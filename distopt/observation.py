@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from distopt.bound import Bound, strip_prefixes
-from distopt.plan.geometry import logical_of
 from distopt.verdict import reach_verdict
 
 
@@ -96,12 +95,7 @@ def _rows(bound: Bound, name: str, takes: list[bool], values: Mapping[str | Tens
 
 
 def _row_counts(bound: Bound) -> list[int]:
-    logicals = [
-        logical_of(spec.layout.shape, flatten=plan.rule.reach == "matrix")
-        for plan in bound.plans
-        for spec in plan.specs
-    ]
-    return [logical.count * logical.shape.rows for logical in logicals]
+    return [plan.logical(number).starts("row")[-1] for plan in bound.plans for number in range(len(plan.specs))]
 
 
 def _largest(bound: Bound, takes: list[bool], found: list[Tensor | None]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from distopt.bound import Bound, parameter_names, reshard, strip_prefixes
 from distopt.observation import observe
-from distopt.plan.geometry import logical_of
+from distopt.plan.build import check_served
 from distopt.plan.report import PlanReport
 from distopt.rule import require
 from distopt.rules import group_rule, rule_class
@@ -31,6 +31,8 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "norm_group": None,
     "maximize": False,
 }
+GROUP_OPTIONS: dict[str, Any] = {"split": None}
+"""Options of a group beside its rule's."""
 TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused")
 BOOKKEEPING = {"params", "param_names", "rule", "initial_lr", "train_mode"}
 
@@ -38,7 +40,11 @@ BOOKKEEPING = {"params", "param_names", "rule", "initial_lr", "train_mode"}
 class Optimizer(torch.optim.Optimizer):
     """Base of every optimizer of this package, and the class behind mixed ones (a rule per group, `group["rule"]`).
 
-    Keyword-only options on all:
+    Keyword-only options on all, per group:
+        split: which logical matrices the weights are made of, where that is not one each: "q:32h,k:8h,v:8h", "gate,up",
+            "heads=32 cols", "transposed" (`distopt.plan.split` has all words). Rules see each as a weight of its own.
+
+    And of the whole optimizer:
         max_grad_norm: clip the global gradient norm, over every group and mesh, each shard counted once. Gradients are
             left clipped, as torch.nn.utils.clip_grad_norm_ leaves them.
         nonfinite: a NaN or infinity in any gradient on any rank raises ("raise"), skips the step on every rank
@@ -91,7 +97,7 @@ class Optimizer(torch.optim.Optimizer):
         self._model: Callable[[], torch.nn.Module | None] | None = None
         self._bound: Bound | None = None
         self._pending: dict[str, Any] | None = None
-        hyper = {f.name: options[f.name] for f in fields(rule_class(rule)) if f.name in options}
+        hyper = {name: options[name] for name in _defaults(rule) if name in options}
         stored = {name: options.get(name, default) for name, default in STORAGE_OPTIONS.items()}
         super().__init__(params, {"rule": rule, **_defaults(rule), **hyper, **stored})
         parameter_names(self.param_groups)
@@ -132,7 +138,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         group = dict(param_group)
         name = group.setdefault("rule", self.defaults["rule"])
-        allowed = {f.name for f in fields(rule_class(name))} | set(STORAGE_OPTIONS)
+        allowed = {f.name for f in fields(rule_class(name))} | GROUP_OPTIONS.keys() | STORAGE_OPTIONS.keys()
         for key in group.keys() - allowed - BOOKKEEPING - set(TORCH_OPTIONS):
             near = get_close_matches(key, sorted(allowed), n=1)
             raise ValueError(
@@ -316,12 +322,12 @@ class _Engine(dict[str, Any]):
 
 
 def _defaults(rule: str) -> dict[str, Any]:
-    return {f.name: f.default for f in fields(rule_class(rule)) if f.default is not MISSING}
+    return {**{f.name: f.default for f in fields(rule_class(rule)) if f.default is not MISSING}, **GROUP_OPTIONS}
 
 
 def check_options(rule: str, options: Iterable[str]) -> None:
     """Raise TypeError for the name of an option that neither the rule nor the engine has."""
-    known = [f.name for f in fields(rule_class(rule))] + list(ENGINE_OPTIONS) + list(STORAGE_OPTIONS)
+    known = [f.name for f in fields(rule_class(rule))] + [*GROUP_OPTIONS, *ENGINE_OPTIONS, *STORAGE_OPTIONS]
     for name in sorted(set(options) - set(known) - set(TORCH_OPTIONS)):
         near = get_close_matches(name, known, n=1)
         raise TypeError(f"{rule} has no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
@@ -331,6 +337,8 @@ def _check_group(group: dict[str, Any], position: int) -> None:
     rule = group_rule(group)
     group_storage(group)
     names = group.get("param_names") or [f"group {position} parameter {i}" for i in range(len(group["params"]))]
+    if group["split"] and rule.reach == "elementwise":
+        warnings.warn(f"split={group['split']!r} is ignored: {group['rule']} sees no matrices", stacklevel=5)
     first: dict[Tensor, str] = {}
     for name, param in zip(names, group["params"]):
         require(param not in first, f"{name!r} is twice in this group, as {first.get(param)!r} before; list it once")
@@ -354,8 +362,7 @@ def _check_group(group: dict[str, Any], position: int) -> None:
             require(not unserved, f"{name!r} has placement {unserved}; redistribute it to Shard or Replicate first")
         spec = getattr(param, "_distopt_flat", None)
         shape = tuple(spec.shape if spec is not None else param.shape)
-        reason = rule.refuse(logical_of(shape, flatten=rule.reach == "matrix").shape)
-        require(reason is None, f"{name!r}: {reason}; route it to AdamW with a param group (rule='adamw')")
+        check_served(name, shape, rule, group["split"])
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
@@ -369,7 +376,12 @@ def optimizer_class(name: str) -> type[Optimizer]:
     for f in fields(rule):
         kind = Parameter.KEYWORD_ONLY if f.kw_only else Parameter.POSITIONAL_OR_KEYWORD
         (keyword_only if f.kw_only else parameters).append(Parameter(f.name, kind, default=f.default))
-    for option, default in {**ENGINE_OPTIONS, **STORAGE_OPTIONS, **dict.fromkeys(TORCH_OPTIONS)}.items():
+    for option, default in {
+        **GROUP_OPTIONS,
+        **ENGINE_OPTIONS,
+        **STORAGE_OPTIONS,
+        **dict.fromkeys(TORCH_OPTIONS),
+    }.items():
         keyword_only.append(Parameter(option, Parameter.KEYWORD_ONLY, default=default))
     signature = Signature(parameters + keyword_only)
 

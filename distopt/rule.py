@@ -73,11 +73,13 @@ Update = Generator[Any, Any, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the mathematics sees: a logical matrix of `rows` × `cols`, or a vector (`ndim` < 2, rows = 1)."""
+    """What the mathematics sees: a logical matrix of `rows` × `cols`, or a vector (`ndim` < 2, rows = 1). `part` is the
+    name that a split gives it, for rules that list it in their `whole_parts`."""
 
     rows: int
     cols: int
     ndim: int = 2
+    part: str = ""
 
     @property
     def is_matrix(self) -> bool:

@@ -22,7 +22,7 @@ from torch import nn
 
 from distopt.build import parameter_groups
 from distopt.cli.tables import OnPaper, comparison, draw, table
-from distopt.optimizer import check_options
+from distopt.optimizer import GROUP_OPTIONS, check_options
 from distopt.plan.build import Group, Spec, plan_group
 from distopt.plan.cost import Rates, load_rates
 from distopt.plan.paper import Mesh, loads_of, tensor_parallel_dim
@@ -138,7 +138,7 @@ def plan_model(
     for number, group in enumerate(groups):
         rule_name = group.get("rule", name)
         check_options(rule_name, group.keys() - {"params", "rule"})
-        defaults = {**{f.name: f.default for f in fields(rule_class(rule_name))}, **STORAGE_OPTIONS}
+        defaults = {**{f.name: f.default for f in fields(rule_class(rule_name))}, **STORAGE_OPTIONS, **GROUP_OPTIONS}
         shared = {key: value for key, value in own.items() if rule_name == name or key in STORAGE_OPTIONS}
         complete = {**defaults, **shared, **group, "rule": rule_name}
         rule, storage = group_rule(complete), group_storage(complete)
@@ -146,7 +146,7 @@ def plan_model(
         for key, param in group["params"]:
             layout = mesh.layout(tuple(param.shape), tp_dims[key])
             specs.append(Spec(key, layout, 0, param.element_size()))
-        plan = plan_group(Group(rule, tuple(specs), replicas, gpu, storage), 0)
+        plan = plan_group(Group(rule, tuple(specs), replicas, gpu, storage, complete["split"]), 0)
         title = f"{number} ({rule_name})"
         found.rows += [(title, strategy, loads) for strategy, loads in loads_of(plan, mesh, rates).items()]
     found.add_verdict(len(tp_dims), rates)

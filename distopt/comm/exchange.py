@@ -75,10 +75,10 @@ class Exchange:
         if there:
             torch._foreach_copy_(_unpack(sent, there), there)
         work = self.domain.all_to_all(received, sent, receive_sizes, send_sizes)
-        assert work is not None
         if out[me]:
             torch._foreach_copy_([s.view(targets) for s in into[me]], [s.view(sources) for s in out[me]])
-        yield work
+        if work is not None:
+            yield work
         here = [s.view(targets) for peer, side in enumerate(into) if peer != me for s in side]
         if here:
             torch._foreach_copy_(here, _unpack(received, here))

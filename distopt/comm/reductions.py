@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator
-from math import prod
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,9 @@ class Reductions:
 
     def __init__(self, bucket: Bucket, domain: Domain, device: torch.device) -> None:
         self.bucket, self.domain, self.device = bucket, domain, device
-        self.totals = {entry.param: prod(entry.geometry.layout.shape) for entry in bucket.entries}
+        self.totals: Counter[tuple[int, int]] = Counter()
+        for entry in bucket.entries:  # the matrices of a tensor are in one bucket
+            self.totals[entry.weight] += entry.shape.numel
         self._fields: dict[Ask, dict[Shape | None, Field]] = {}
         self._indices: dict[tuple[Ask, int], Tensor] = {}
 
@@ -68,27 +70,30 @@ class Reductions:
             part = slice(rect.r0, rect.r1) if ask.dim == -1 else slice(rect.c0, rect.c1)
         return self._index(position, ask, shape), buffers[shape][:, part]
 
-    def _index(self, position: int, ask: Ask, shape: Shape | None) -> Tensor:
+    def _index(self, position: int, ask: Ask, shape: Shape | None, kept: list[int] | None = None) -> Tensor:
         if (ask, position) not in self._indices:
             rows = self._layout(ask)[shape].rows
             pieces = self.bucket.stacks[position].pieces
-            found = [rows[piece.param if shape is None else piece.entry] for piece in pieces]
+            found = [rows[piece.entry] for i, piece in enumerate(pieces) if kept is None or i in kept]
             self._indices[ask, position] = torch.tensor(found, device=self.device)
         return self._indices[ask, position]
 
     def _add(self, position: int, ask: Ask, request: Reduction, buffers: dict[Shape | None, Tensor]) -> None:
         runs = self._runs(position, ask, buffers)
-        if runs is None:
-            return
-        index, into = runs
         stack = self.bucket.stacks[position]
-        partial = _partial(ask, request.x)
+        # What has all of a statistic needs no other's part of it, but others, whose piece has less, need its own.
+        lends = runs is None and ask.of in ("row", "col")
+        kept = [i for i, piece in enumerate(stack.pieces) if lends and self.bucket.entries[piece.entry].split(ask.dim)]
+        if runs is None and not kept:
+            return
+        index, into = runs or (self._index(position, ask, stack.shape, kept), buffers[stack.shape])
+        partial = _partial(ask, request.x)[kept] if kept else _partial(ask, request.x)
         # A row statistic is known to all who hold part of the row: each adds it in proportion to what it holds.
         if ask.of == "row":
             partial = partial * ((stack.rect.c1 - stack.rect.c0) / stack.shape.cols)
         elif ask.of == "col":
             partial = partial * ((stack.rect.r1 - stack.rect.r0) / stack.shape.rows)
-        flat = partial.reshape(len(stack.pieces), -1)
+        flat = partial.reshape(len(index), -1)
         if ask.kind == "max":
             into.index_reduce_(0, index, flat, "amax")
         else:
@@ -111,7 +116,7 @@ class Reductions:
     def _count(self, stack: Stack, ask: Ask) -> int | Tensor:
         """What a mean divides by."""
         if ask.scope == "tensor":
-            totals = [self.totals[piece.param] for piece in stack.pieces]
+            totals = [self.totals[self.bucket.entries[piece.entry].weight] for piece in stack.pieces]
             if len(set(totals)) == 1:
                 return totals[0]
             return torch.tensor(totals, device=self.device).view(-1, 1, 1)

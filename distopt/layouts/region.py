@@ -16,7 +16,7 @@ Interval = tuple[int, int]
 @dataclass(frozen=True, slots=True)
 class Rect:
     """Rows [r0, r1) × columns [c0, c1) of a matrix; element (r0, c0) is at `offset` in the rank's flat local storage,
-    and one row further is `stride` elements further."""
+    one row further is `stride` elements further, one column `step`."""
 
     r0: int
     r1: int
@@ -24,19 +24,21 @@ class Rect:
     c1: int
     offset: int
     stride: int
+    step: int = 1
+
+    @property
+    def dense(self) -> bool:
+        """Whether it lies there row after row, without gaps."""
+        return self.step == 1 and self.stride == self.c1 - self.c0
 
     @property
     def numel(self) -> int:
         """Elements in the rectangle."""
         return (self.r1 - self.r0) * (self.c1 - self.c0)
 
-    def cut_rows(self, start: int, stop: int) -> Rect | None:
-        """The part within rows [start, stop), counted from `start`; None where nothing is left."""
-        r0, r1 = max(self.r0, start), min(self.r1, stop)
-        if r0 >= r1 or self.c0 >= self.c1:
-            return None
-        offset = self.offset + (r0 - self.r0) * self.stride
-        return Rect(r0 - start, r1 - start, self.c0, self.c1, offset, self.stride)
+    def transposed(self) -> Rect:
+        """The same elements as a rectangle of the transpose."""
+        return Rect(self.c0, self.c1, self.r0, self.r1, self.offset, self.step, self.stride)
 
 
 def chunk(length: int, parts: int, index: int) -> Interval:

@@ -11,7 +11,7 @@ import numpy as np
 
 from distopt.layouts.base import Layout, Partition
 from distopt.layouts.region import Rect
-from distopt.plan.geometry import Geometry, geometry_of, logical_of
+from distopt.plan.geometry import Geometry, Logical, geometry_of, logical_of
 from distopt.plan.owners import Load, assign_owners
 from distopt.plan.tiles import Storage
 from distopt.plan.trace import Rounds, Trace, trace
@@ -47,6 +47,7 @@ class Group:
     replicas: tuple[int, ...] | None = None
     gpu: bool = False
     storage: Storage = field(default_factory=Storage)
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Entry:
     geometry: Geometry
     turns: tuple[int, ...] = ()
     owner: int | None = None
+
+    @property
+    def weight(self) -> tuple[int, int]:
+        """The parameter, and which of its weights this matrix belongs to."""
+        return self.param, self.geometry.logical.weights[self.matrix]
 
     def split(self, dim: int | None) -> bool:
         """Whether some rank holds a piece that lacks part of this dim."""
@@ -123,6 +129,7 @@ class GroupPlan:
     specs: tuple[Spec, ...]
     gpu: bool
     storage: Storage = field(default_factory=Storage)
+    split: str | None = None
     buckets: list[Bucket] = field(default_factory=list)
     loads: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
     """Per domain, FLOPs per step and rank of the matrices that have an owner."""
@@ -133,6 +140,10 @@ class GroupPlan:
     def elementwise(self) -> bool:
         """Whether the group needs neither sums nor matrices."""
         return self.rule.reach == "elementwise"
+
+    def logical(self, number: int) -> Logical:
+        """How the rule reads parameter `number`."""
+        return logical_of(self.specs[number].layout.shape, self.rule, self.split)
 
     def rounds(self, shape: Shape) -> Rounds:
         """What the rule asks for, round by round: the same in every step, as the plan's bytes are."""
@@ -153,28 +164,25 @@ def plan_group(group: Group, rank: int) -> GroupPlan:
     """
     rule = group.rule
     for spec in group.specs:
-        reason = rule.refuse(logical_of(spec.layout.shape, flatten=rule.reach == "matrix").shape)
-        if reason:
-            raise ValueError(f"{spec.name!r}: {reason}; route it to AdamW with a param group (rule='adamw')")
+        check_served(spec.name, spec.layout.shape, rule, group.split)
     specs = group.specs
     if group.replicas is not None:
-        specs = partition_replicas(rule, specs, group.replicas, group.replicas.index(rank), group.gpu)
-    plan = GroupPlan(rule, specs, group.gpu, group.storage)
+        specs = partition_replicas(group, group.replicas, group.replicas.index(rank))
+    plan = GroupPlan(rule, specs, group.gpu, group.storage, group.split)
     if plan.elementwise:
         return plan
-    turns = deal_turns(rule, specs)
+    turns = deal_turns(plan)
     domains: dict[tuple[int, ...], list[tuple[int, Spec, Geometry]]] = defaultdict(list)
     for number, spec in enumerate(specs):
-        logical = logical_of(spec.layout.shape, flatten=rule.reach == "matrix")
-        domains[tuple(sorted(spec.layout.ranks))].append((number, spec, geometry_of(spec.layout, logical)))
+        geometry = geometry_of(spec.layout, plan.logical(number))
+        domains[tuple(sorted(spec.layout.ranks))].append((number, spec, geometry))
     for ranks, members in sorted(domains.items()):
         alike: dict[tuple[Rounds, ...], list[Entry]] = defaultdict(list)
         for number, _, geometry in members:
-            shape = geometry.logical.shape
-            if shape.numel:
-                rounds = tuple(trace.rounds for _, _, trace in plan.traces(shape))
-                count = geometry.logical.count
-                alike[rounds] += [Entry(number, m, shape, geometry, turns.get((number, m), ())) for m in range(count)]
+            shapes = geometry.logical.shapes
+            rounds_of = {shape: tuple(trace.rounds for _, _, trace in plan.traces(shape)) for shape in set(shapes)}
+            for matrix, shape in enumerate(shapes):
+                alike[rounds_of[shape]].append(Entry(number, matrix, shape, geometry, turns.get((number, matrix), ())))
         # Only matrices that ask for the same things, round by round, can advance together.
         for rounds, entries in alike.items():
             if any(ask.kind == "whole" for asks in rounds[0] for ask in asks):
@@ -185,39 +193,53 @@ def plan_group(group: Group, rank: int) -> GroupPlan:
     return plan
 
 
-def deal_turns(rule: Rule, specs: Sequence[Spec]) -> dict[tuple[int, int], tuple[int, ...]]:
+def deal_turns(plan: GroupPlan) -> dict[tuple[int, int], tuple[int, ...]]:
     """(parameter, matrix) → when its recurring work is done: the heaviest items first, each to the turn that has least.
 
     Only shapes and the order of parameters decide, so the schedule is the same on every layout and number of ranks.
     """
     items: list[tuple[int, int]] = []
     costs: list[Load] = []
-    for number, spec in enumerate(specs):
-        logical = logical_of(spec.layout.shape, flatten=rule.reach == "matrix")
-        for matrix in range(logical.count):
-            work = rule.recurring(logical.shape)
+    for number in range(len(plan.specs)):
+        for matrix, shape in enumerate(plan.logical(number).shapes):
+            work = plan.rule.recurring(shape)
             items += [(number, matrix)] * len(work)
             costs += [(cost, 0.0) for cost in work.values()]
     found: dict[tuple[int, int], tuple[int, ...]] = {}
-    for item, turn in zip(items, assign_owners(costs, rule.turns())):
+    for item, turn in zip(items, assign_owners(costs, plan.rule.turns())):
         found[item] = (*found.get(item, ()), turn)
     return found
 
 
-def partition_replicas(
-    rule: Rule, specs: Sequence[Spec], ranks: tuple[int, ...], me: int, gpu: bool
-) -> tuple[Spec, ...]:
+def check_served(name: str, tensor: tuple[int, ...], rule: Rule, split: str | None) -> None:
+    """Refuse a parameter that the rule cannot serve, or that the split does not fit.
+
+    Raises:
+        ValueError: names the parameter and the remedy.
+    """
+    try:
+        reason = rule.refuse(logical_of(tensor, rule, split).shape)
+    except ValueError as error:
+        raise ValueError(
+            f"{name!r} of shape {tensor}, split={split!r}: {error}; give it a param group with a split that fits, or none"
+        ) from None
+    if reason:
+        raise ValueError(f"{name!r}: {reason}; route it to AdamW with a param group (rule='adamw')")
+
+
+def partition_replicas(group: Group, ranks: tuple[int, ...], me: int) -> tuple[Spec, ...]:
     """Give every replica its share of replicated parameters: whole tensors to one rank where the rule wants whole
     matrices, equal flat ranges of their concatenation elsewhere. Parameters that are sharded already stay as they
     are."""
+    rule, specs = group.rule, group.specs
     plain = [i for i, spec in enumerate(specs) if len(spec.layout.ranks) == 1]
     sizes = [int(np.prod(specs[i].layout.shape)) for i in plain]
     cuts: list[tuple[int, ...]] = []
     if rule.reach == "matrix":
         costs: list[Load] = []
         for i, size in zip(plain, sizes):
-            logical = logical_of(specs[i].layout.shape, flatten=True)
-            costs.append((matrix_cost(rule, logical.shape, gpu) * logical.count, float(size)))
+            shapes = logical_of(specs[i].layout.shape, rule, group.split).shapes
+            costs.append((sum(matrix_cost(rule, shape, group.gpu) for shape in shapes), float(size)))
         for owner, size in zip(assign_owners(costs, len(ranks)), sizes):
             cuts.append((0,) * (owner + 1) + (size,) * (len(ranks) - owner))
     else:
@@ -246,7 +268,9 @@ def _matrix_buckets(plan: GroupPlan, ranks: tuple[int, ...], entries: list[Entry
     rule = plan.rule
     loads = plan.loads.setdefault(ranks, np.zeros(len(ranks)))
     elements = np.zeros(len(ranks))
-    placed, travelling = [], []
+    placed: list[Entry] = []
+    assembled: list[Entry] = []
+    travelling: list[Entry] = []
     for entry in entries:
         index = entry.geometry.whole_at[entry.matrix]
         if index is None:
@@ -255,13 +279,14 @@ def _matrix_buckets(plan: GroupPlan, ranks: tuple[int, ...], entries: list[Entry
         owner = ranks.index(entry.geometry.layout.ranks[index])
         loads[owner] += matrix_cost(rule, entry.shape, plan.gpu)
         elements[owner] += entry.shape.numel
-        placed.append(replace(entry, owner=owner))
+        # Pieces of one matrix that lie apart on one rank are put together by the exchange, which moves nothing then.
+        (assembled if entry.geometry.scattered(entry.matrix) else placed).append(replace(entry, owner=owner))
     costs = [(matrix_cost(rule, entry.shape, plan.gpu), float(entry.shape.numel)) for entry in travelling]
     owners = assign_owners(costs, len(ranks), list(zip(loads.tolist(), elements.tolist())))
     for (cost, _), owner in zip(costs, owners):
         loads[owner] += cost
     order = sorted(range(len(travelling)), key=lambda i: (-costs[i][0], -costs[i][1], i))
-    owned = [replace(travelling[i], owner=owners[i]) for i in order]
+    owned = assembled + [replace(travelling[i], owner=owners[i]) for i in order]
     plan.homes.setdefault(ranks, []).extend(placed + owned)
     for chunk in _chunks([entry for entry in placed if ranks[entry.owner] == rank], 1):  # type: ignore[index]
         yield _bucket(plan.specs, rule, ranks, chunk, rank, exchanged=False)
@@ -291,16 +316,18 @@ def _bucket(
     alike: dict[tuple[Shape, tuple[int, ...], int, int, int, int, Any], list[Piece]] = defaultdict(list)
     for number, entry in enumerate(entries):
         index = specs[entry.param].index
-        alone = len(entry.geometry.pieces(index)) == 1
+        held = entry.geometry.pieces(index)
+        alone = len(held) == 1 and held[0][1].dense
         for rect in entry.geometry.pieces_of(index, entry.matrix):
             # Pieces of several parameters are stacked only where each is all that its parameter has here: then their
             # states share one slab, and nothing is copied.
-            siblings = None if alone else (entry.param, rect.stride)
+            siblings = None if alone else (entry.param, rect.stride, rect.step)
             key = (entry.shape, entry.turns, rect.r0, rect.r1, rect.c0, rect.c1, siblings)
             alike[key].append(Piece(number, entry.param, rect))
     stacks = []
     for (shape, turns, *_, siblings), pieces in alike.items():
-        limit = stack_limit(rule, shape) if siblings is None or _evenly_spaced(pieces) else 1
+        together = siblings is None or _evenly_spaced(pieces, _places(specs, entries, pieces[0]))
+        limit = stack_limit(rule, shape) if together else 1
         stacks += [Stack(shape, tuple(pieces[i : i + limit]), turns) for i in range(0, len(pieces), limit)]
     owned = []
     if exchanged:
@@ -315,10 +342,17 @@ def _bucket(
     return Bucket(ranks, tuple(entries), tuple(stacks), tuple(owned), exchanged)
 
 
-def _evenly_spaced(pieces: Sequence[Piece]) -> bool:
-    """Whether the pieces lie at equal distances in their parameter, so that one strided view holds them all."""
+def _places(specs: Sequence[Spec], entries: Sequence[Entry], piece: Piece) -> dict[int, int]:
+    """In which order the pieces of a parameter lie here, by offset."""
+    return entries[piece.entry].geometry.places(specs[piece.param].index)
+
+
+def _evenly_spaced(pieces: Sequence[Piece], places: dict[int, int]) -> bool:
+    """Whether the pieces lie at equal distances in their parameter and with no others between them, so that one strided
+    view holds them all, and another one their statistics."""
     offsets = [piece.rect.offset for piece in pieces]
-    return len({b - a for a, b in zip(offsets, offsets[1:])}) <= 1
+    apart = {(b - a, places[b] - places[a]) for a, b in zip(offsets, offsets[1:])}
+    return len(apart) <= 1 and all(step == 1 for _, step in apart)
 
 
 def stack_limit(rule: Rule, shape: Shape) -> int:

@@ -194,7 +194,7 @@ def _add_elementwise(loads: Loads, plan: GroupPlan, mesh: Mesh, rates: Rates) ->
         loads.sent, loads.received = loads.sent + agreed, loads.received + agreed
         loads.wire = loads.wire + rates.all_reduce_seconds(range(mesh.size), agreed)
     for spec in plan.specs:
-        geometry = geometry_of(spec.layout, logical_of(spec.layout.shape, flatten=False))
+        geometry = geometry_of(spec.layout, logical_of(spec.layout.shape, plan.rule))
         here = geometry.counts.sum(0)[mesh.positions(spec.layout.ranks)]
         loads.matrices += geometry.logical.count
         loads.elements += prod(spec.layout.shape)

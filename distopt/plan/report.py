@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import numpy as np
 from distopt.layouts.base import Layout, Plain
 from distopt.plan.build import Bucket, GroupPlan, Stack
 from distopt.plan.fields import fields_of
-from distopt.plan.geometry import logical_of
 from distopt.plan.tiles import coded_bytes, join_tiles, local_tiles, shared_tiles
 from distopt.plan.trace import Rounds
 from distopt.rule import Shape
@@ -211,10 +210,9 @@ def state_bytes(plan: GroupPlan) -> tuple[int, int]:
             here += sum(_stack_bytes(plan, bucket, stack))
         for owned in bucket.owned:
             here += len(owned.entries) * _entry_bytes(plan, owned.shape, owners=True)
-    for spec in plan.specs:
-        logical = logical_of(spec.layout.shape, flatten=plan.rule.reach == "matrix")
-        each = _entry_bytes(plan, logical.shape, owners=True) + _entry_bytes(plan, logical.shape, owners=False)
-        total += logical.count * each
+    for number in range(len(plan.specs)):
+        for shape, count in Counter(plan.logical(number).shapes).items():
+            total += count * (_entry_bytes(plan, shape, owners=True) + _entry_bytes(plan, shape, owners=False))
     return here, total
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from distopt.layouts.base import Layout
-from distopt.plan.geometry import logical_of
+from distopt.plan.geometry import row_dims_of
 from distopt.rule import State
 
 LEAST = 1024
@@ -164,7 +164,7 @@ def whole_tiles(rows: int, cols: int) -> Tiles:
 
 def _view(layout: Layout) -> tuple[int, int, int]:
     """(row dims, elements of a row, tiles of a row) of a tensor."""
-    row_dims = logical_of(layout.shape, flatten=True).row_dims
+    row_dims = row_dims_of(len(layout.shape), flatten=True)
     cols = prod(layout.shape[row_dims:])
     return row_dims, cols, -(-cols // BLOCK)
 

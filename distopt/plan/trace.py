@@ -81,7 +81,7 @@ def trace(rule: Rule, shape: Shape, step: int, gpu: bool, turns: tuple[int, ...]
     Raises:
         AssertionError: the rule reduces over a dim of its piece without asking, or returns something of another shape.
     """
-    rounds = _meaning(rule, shape.ndim, step, gpu)
+    rounds = _meaning(rule, shape.ndim, shape.part, step, gpu)
     if not any(ask.kind == "whole" for asks in rounds for ask in asks):
         return Trace(rounds, ())
     guard = PieceGuard(type(rule).__name__, (1, shape.rows, shape.cols))
@@ -113,9 +113,9 @@ def footprint(rule: Rule, shape: Shape, step: int, gpu: bool) -> Footprint:
 
 
 @lru_cache(maxsize=1024)
-def _meaning(rule: Rule, ndim: int, step: int, gpu: bool) -> Rounds:
+def _meaning(rule: Rule, ndim: int, part: str, step: int, gpu: bool) -> Rounds:
     """The rounds, from a run in which no two sizes are equal; the same for every shape of so many dims."""
-    shape = Shape(*FULL, ndim) if ndim >= 2 else Shape(1, FULL[1], ndim)
+    shape = Shape(*FULL, ndim, part) if ndim >= 2 else Shape(1, FULL[1], ndim)
     guard = PieceGuard(type(rule).__name__, (ITEMS, ROWS if ndim >= 2 else 1, COLS))
     return _run(rule, shape, step, gpu, guard, OWNED)
 

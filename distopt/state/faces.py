@@ -3,12 +3,14 @@
 What survives that path under FSDP2 are real DTensors, under the same key on every rank. So a state that lies as its
 parameter does is a DTensor with the parameter's placements, a view of the live state. A state that lives with owners
 shows a face of torch.chunk rows: `Shard(0)` wherever the parameter is sharded, filled by one exchange when a state dict
-is taken and read back by the reverse one. On plain parameters states are plain tensors.
+is taken and read back by the reverse one. The statistics of a split parameter are whole on every rank in a state dict.
+On plain parameters states are plain tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -22,8 +24,8 @@ from distopt.comm.groups import Domains
 from distopt.layouts import Partition, Sharded, local_tensor
 from distopt.layouts.dtensor import Axis
 from distopt.plan.build import Entry
-from distopt.plan.geometry import Geometry, Logical, geometry_of, logical_of
-from distopt.rule import Shape, State
+from distopt.plan.geometry import Logical, geometry_of
+from distopt.rule import State
 from distopt.state.windows import Window
 
 
@@ -36,17 +38,28 @@ class Faces:
 
     def logical(self, number: int) -> Logical:
         """How the rule reads parameter `number`."""
-        return logical_of(self.windows[number].spec.layout.shape, flatten=self.rule.reach == "matrix")
+        return self.group.plan.logical(number)
 
     def declared(self, number: int) -> dict[str, State]:
-        """The states of parameter `number`; none where it has no elements."""
+        """The states of parameter `number`; none where it has no elements. Where its matrices have several shapes, an
+        owner's state is that of the first shape that has it."""
         if 0 in self.windows[number].spec.layout.shape:
             return {}
-        return self.rule.states(self.logical(number).shape)
+        found: dict[str, State] = {}
+        for shape in self.logical(number).kinds:
+            found = {**self.rule.states(shape), **found}
+        return found
 
     def travels(self, number: int, state: State) -> bool:
-        """Whether this state lives with an owner that is chosen among several ranks."""
-        return state.kind == "owner" and len(self.windows[number].spec.layout.ranks) > 1
+        """Whether this state lives with an owner that is chosen among several ranks, or is one of several matrices that
+        may differ in shape."""
+        several = len(self.windows[number].spec.layout.ranks) > 1 or self.logical(number).declared
+        return state.kind == "owner" and several
+
+    def gathers(self, number: int, state: State) -> bool:
+        """Whether this state is a statistic of matrices that a split has made, which no sharding of the parameter cuts
+        evenly: its face is all of it, matrix after matrix, on every rank."""
+        return state.kind in ("row", "col", "matrix") and self.logical(number).declared
 
     def here(self, number: int) -> dict[str, Tensor]:
         """Faces that are views of live states."""
@@ -55,17 +68,33 @@ class Faces:
         for name, state in self.declared(number).items():
             if state.kind == "group":
                 found[name] = self.group.scalar_state(name)
-            elif not self.travels(number, state) and not self.group.units.holds(number, name):
-                found[name] = self._view(window, name, self.face_shape(number, state))
+            elif not (
+                self.travels(number, state) or self.gathers(number, state) or self.group.units.holds(number, name)
+            ):
+                found[name] = self._view(window, name, self.face_shape(number, name))
         return found
 
-    def face_shape(self, number: int, state: State) -> tuple[int, ...]:
+    def face_shape(self, number: int, name: str) -> tuple[int, ...]:
         """Shape of the whole state."""
-        logical = self.logical(number)
+        logical, state = self.logical(number), self.declared(number)[name]
+        if state.kind == "group":
+            return ()
         if state.kind == "owner":
+            if logical.declared:
+                return (self.owner_starts(number, name)[-1],)
             lead = logical.tensor[: logical.row_dims - 1] if logical.count != 1 or logical.row_dims > 1 else ()
             return (*lead, *state.shape)
         return logical.face(state.kind)
+
+    def owner_starts(self, number: int, name: str) -> list[int]:
+        """Where the state of each matrix begins in the whole state, flattened, and where the last one ends. A matrix may
+        lack a state that others of its tensor have."""
+        logical = self.logical(number)
+        sizes = {
+            shape: prod(states[name].shape) if name in (states := self.rule.states(shape)) else 0
+            for shape in logical.kinds
+        }
+        return list(accumulate((sizes[shape] for shape in logical.shapes), initial=0))
 
     def _view(self, window: Window, name: str, face: tuple[int, ...]) -> Tensor:
         param = window.param
@@ -96,31 +125,33 @@ class Faces:
         return flat.view(shape) if flat.numel() == prod(shape) and not hasattr(param, "_distopt_flat") else flat
 
     def placeholders(self, number: int) -> dict[str, Tensor]:
-        """Faces without values of the states that live with owners or are stored as codes: torch asks which states there are,
-        and whoever reads one outside of a state dict gets an error and not something stale."""
+        """Faces without values of the states that have to be brought together or are stored as codes: torch asks which
+        states there are, and whoever reads one outside of a state dict gets an error and not something stale."""
         found = {}
         for name, state in self.declared(number).items():
             if self.travels(number, state):
-                layout = self.face_geometry(number, name).layout
-                assert isinstance(layout, Sharded)
-                local = layout.local_shape(self.windows[number].spec.index)
+                local = self.face_layout(number, name).local_shape(self.windows[number].spec.index)
                 found[name] = self._as_face(number, name, torch.empty(local, device="meta"))
+            elif self.gathers(number, state):
+                found[name] = self._as_face(number, name, torch.empty(self.face_shape(number, name), device="meta"))
             elif self.group.units.holds(number, name):
                 window = self.windows[number]
                 found[name] = self._like(window, torch.empty(window.numel, device="meta"))
         return found
 
     def fill(self) -> dict[int, dict[str, Tensor]]:
-        """Collective: faces of the states that live with owners or are stored as codes, by parameter number; a
+        """Collective: faces of the states that have to be brought together or are stored as codes, by parameter number; a
         snapshot. Statistics that a rank with an empty shard has no part in computing are completed on it."""
         self._complete_statistics()
         found: dict[int, dict[str, Tensor]] = {}
+        for number, name, value in self._gathered():
+            found.setdefault(number, {})[name] = self._as_face(number, name, value)
+        like = torch.empty(0, device=self.group.device)
         for exchange, locals_, owned in self._travelling():
-            faces = [torch.zeros((1, rows, cols), device=self.group.device) for _, _, rows, cols in locals_]
-            like = torch.empty(0, device=self.group.device)
+            faces = [torch.zeros((1, 1, numel), device=self.group.device) for _, _, numel in locals_]
             for work in exchange.backward(owned, faces, like):
                 work.wait()
-            for (number, name, _, _), face in zip(locals_, faces):
+            for (number, name, _), face in zip(locals_, faces):
                 found.setdefault(number, {})[name] = self._as_face(number, name, face)
         for number, window in enumerate(self.windows):
             for name in self.declared(number):
@@ -128,6 +159,36 @@ class Faces:
                     value = self.group.units.read(number, name)
                     found.setdefault(number, {})[name] = self._like(window, value)
         return found
+
+    def _gathered(self) -> Iterator[tuple[int, str, Tensor]]:
+        """Collective: the statistics of split parameters, whole, one sum per domain in which every element comes from the
+        first rank that has it."""
+        wanted: dict[tuple[int, ...], list[tuple[int, str, State]]] = {}
+        for number, window in enumerate(self.windows):
+            for name, state in self.declared(number).items():
+                if self.gathers(number, state):
+                    wanted.setdefault(tuple(sorted(window.spec.layout.ranks)), []).append((number, name, state))
+        for ranks, members in sorted(wanted.items()):
+            sizes = [self.face_shape(number, name)[0] for number, name, _ in members]
+            sums = torch.zeros(sum(sizes), device=self.group.device)
+            parts = sums.split(sizes)
+            for (number, name, state), part in zip(members, parts):
+                for start, view, first in self._statistics(number, name, state):
+                    if first:
+                        part[start : start + len(view)] = view
+            work = self.domains[ranks].all_reduce(sums)
+            if work is not None:
+                work.wait()
+            yield from ((number, name, part) for (number, name, _), part in zip(members, parts))
+
+    def _statistics(self, number: int, name: str, state: State) -> Iterator[tuple[int, Tensor, bool]]:
+        """The runs of a statistic that lie here: where each begins in the whole of it, a view of its values, and whether
+        this is the first place that has it."""
+        window, logical = self.windows[number], self.logical(number)
+        starts = logical.starts(state.kind)
+        runs = geometry_of(window.spec.layout, logical).statistics(window.spec.index, state.kind)
+        for matrix, start, stop, at, first in runs:
+            yield starts[matrix] + start, window.state[name][at : at + stop - start], first
 
     def _complete_statistics(self) -> None:
         """A row or column statistic of a DTensor is `Replicate` along the axes that it was reduced over, but a rank whose
@@ -140,8 +201,8 @@ class Faces:
             if not isinstance(layout, Sharded) or 0 not in layout.local_shape(len(layout.ranks) - 1):
                 continue
             for name, state in self.declared(number).items():
-                if state.kind in ("row", "col", "matrix"):
-                    face = self.face_shape(number, state)
+                if state.kind in ("row", "col", "matrix") and not self.gathers(number, state):
+                    face = self.face_shape(number, name)
                     wanting.setdefault(tuple(sorted(layout.ranks)), []).append((window, name, face))
         for ranks, members in sorted(wanting.items()):
             sums = torch.zeros(sum(prod(face) for _, _, face in members), device=self.group.device)
@@ -167,86 +228,92 @@ class Faces:
         )
 
     def read(self, values: dict[int, dict[str, Tensor]]) -> None:
-        """Collective: hand local faces (any shape) back to the owners and the stores of codes. What is not among the values
+        """Collective: hand local faces (any shape) back to where states live. What is not among the values
         stays as it is."""
         units = self.group.units
         named = ((number, name, value) for number, found in values.items() for name, value in found.items())
         units.write({(number, name): value for number, name, value in named if units.holds(number, name)})
+        for number, found in values.items():
+            for name, state in self.declared(number).items():
+                if name in found and self.gathers(number, state):
+                    for start, view, _ in self._statistics(number, name, state):
+                        view.copy_(found[name][start : start + len(view)])
         routes = list(self._travelling())
-        wanted = {(number, name) for _, locals_, _ in routes for number, name, _, _ in locals_}
+        wanted = {(number, name) for _, locals_, _ in routes for number, name, _ in locals_}
         live = self.fill() if any(name not in values.get(number, {}) for number, name in wanted) else {}
         like = torch.empty(0, device=self.group.device)
         for exchange, locals_, owned in routes:
             sources = []
-            for number, name, rows, cols in locals_:
+            for number, name, _ in locals_:
                 found = values.get(number, {})
                 value = found[name] if name in found else local_tensor(live[number][name])
-                sources.append(value.to(like).reshape(1, rows, cols))
+                sources.append(value.to(like).reshape(1, 1, -1))
             for work in exchange.forward(sources, owned, like):
                 work.wait()
 
     def _as_face(self, number: int, name: str, face: Tensor) -> Tensor:
         window = self.windows[number]
-        shape = self.face_shape(number, self.declared(number)[name])
+        shape = self.face_shape(number, name)
         if not isinstance(window.param, DTensor):
             return face.view(-1)
+        if self.gathers(number, self.declared(number)[name]):
+            return _dtensor(face, window.param, [Replicate()] * len(window.param.placements), shape)
         placements = [Shard(0) if isinstance(p, Shard | _StridedShard) else p for p in window.param.placements]
-        cols = shape[-1]
-        local = face.view(-1, *shape[1:-1], cols) if len(shape) > 2 else face.view(-1, cols)
-        return _dtensor(local, window.param, placements, shape)
+        return _dtensor(face.view(-1, *shape[1:]), window.param, placements, shape)
 
-    def face_geometry(self, number: int, name: str) -> Geometry:
-        """Rows of the whole state, dealt out as torch.chunk does over the ranks that hold the parameter."""
+    def face_layout(self, number: int, name: str) -> Sharded:
+        """The first dim of a state that lives with owners, dealt out as torch.chunk does over the ranks that hold the
+        parameter."""
         layout = self.windows[number].spec.layout
-        state = self.declared(number)[name]
-        shape = self.face_shape(number, state)
         axes = layout.axes if isinstance(layout, Sharded) else (Axis(len(layout.ranks), 0),)
-        rows = tuple(Axis(axis.size, 0) for axis in axes)
-        logical = Logical(shape, len(shape) - 1, Shape(*state.shape, len(shape)))
-        return geometry_of(Sharded(shape, layout.ranks, rows), logical)
+        return Sharded(self.face_shape(number, name), layout.ranks, tuple(Axis(axis.size, 0) for axis in axes))
 
-    def _travelling(self) -> Iterator[tuple[Exchange, list[tuple[int, str, int, int]], list[Tensor]]]:
-        """Per domain and state name: the routes between owners and faces, (parameter, name, rows, cols) of each local
-        face, and the owned matrices (1, rows, cols)."""
+    def _travelling(self) -> Iterator[tuple[Exchange, list[tuple[int, str, int]], list[Tensor]]]:
+        """Per domain and state name: the routes between owners and faces, (parameter, name, elements) of each local face,
+        and the owned matrices, flat (1, 1, elements)."""
         for ranks, entries in sorted(self.group.plan.homes.items()):
-            domain = self.domains[ranks]
-            if domain.size == 1 or not entries:
-                continue
-            names = sorted(
-                {name for e in entries for name, state in self.declared(e.param).items() if state.kind == "owner"}
-            )
-            for name in names:
-                yield self._route(domain, entries, name)
+            states = {param: self.declared(param) for param in {entry.param for entry in entries}}
+            names = {n for param, found in states.items() for n, state in found.items() if self.travels(param, state)}
+            for name in sorted(names):
+                yield self._route(self.domains[ranks], [e for e in entries if name in states[e.param]], name)
 
     def _route(
         self, domain: Any, entries: list[Entry], name: str
-    ) -> tuple[Exchange, list[tuple[int, str, int, int]], list[Tensor]]:
+    ) -> tuple[Exchange, list[tuple[int, str, int]], list[Tensor]]:
         pieces: list[list[Segment]] = [[] for _ in range(domain.size)]
         owned: list[list[Segment]] = [[] for _ in range(domain.size)]
-        locals_: list[tuple[int, str, int, int]] = []
+        locals_: list[tuple[int, str, int]] = []
         position: dict[int, int] = {}
         tensors: list[Tensor] = []
+        starts: dict[int, list[int]] = {}
+        chunks: dict[int, list[tuple[int, int]]] = {}
         for entry in entries:
-            if name not in self.declared(entry.param):
-                continue
-            geometry = self.face_geometry(entry.param, name)
-            index = self.windows[entry.param].spec.index
-            if entry.param not in position:
-                position[entry.param] = len(locals_)
-                rects = geometry.layout.rects(index, geometry.logical.row_dims)
-                rows = sum(rect.r1 - rect.r0 for rect in rects)
-                locals_.append((entry.param, name, rows, geometry.logical.shape.cols))
-            for rect in geometry.pieces_of(index, entry.matrix):
-                first = rect.offset // rect.stride
-                part = Segment(position[entry.param], 0, first, first + rect.r1 - rect.r0, rect.c0, rect.c1)
-                pieces[entry.owner].append(part)  # type: ignore[index]
-            if entry.owner == domain.me:
-                for i, rank in enumerate(geometry.layout.ranks):
-                    for rect in geometry.pieces_of(i, entry.matrix):
-                        part = Segment(len(tensors), 0, rect.r0, rect.r1, rect.c0, rect.c1)
-                        owned[domain.ranks.index(rank)].append(part)
-                tensors.append(self.group.owner_state(entry.param, entry.matrix, name)[None])
+            param, index = entry.param, self.windows[entry.param].spec.index
+            layout = self.windows[param].spec.layout
+            if param not in position:
+                position[param] = len(locals_)
+                starts[param], chunks[param] = self.owner_starts(param, name), self._chunks(param, name)
+                locals_.append((param, name, chunks[param][index][1] - chunks[param][index][0]))
+            first, last = starts[param][entry.matrix : entry.matrix + 2]
+            for i, (low, high) in enumerate(chunks[param]):
+                a, b = max(first, low), min(last, high)
+                if a >= b:
+                    continue
+                if i == index:
+                    pieces[entry.owner].append(Segment(position[param], 0, 0, 1, a - low, b - low))  # type: ignore[index]
+                if entry.owner == domain.me:
+                    peer = domain.ranks.index(layout.ranks[i])
+                    owned[peer].append(Segment(len(tensors), 0, 0, 1, a - first, b - first))
+            if entry.owner == domain.me and first < last:
+                tensors.append(self.group.owner_state(param, entry.matrix, name).view(1, 1, -1))
         return Exchange(domain, pieces, owned), locals_, tensors
+
+    def _chunks(self, number: int, name: str) -> list[tuple[int, int]]:
+        """The elements of a whole state, flattened, that each rank's face has."""
+        layout = self.face_layout(number, name)
+        inner = prod(layout.shape[1:])
+        boxes = (layout.box(index)[0] for index in range(len(layout.ranks)))
+        return [(low * inner, high * inner) for low, high in boxes]
 
 
 def _dtensor(local: Tensor, param: DTensor, placements: list[Any], shape: tuple[int, ...]) -> DTensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distopt.layouts import Sharded, local_tensor
+from distopt.plan.geometry import READING
 from distopt.state.counters import Counters
 from distopt.state.faces import Faces
 from distopt.state.windows import Window
@@ -52,6 +53,7 @@ def load_state_dict(
         order = match_parameters(number, names[number], saved_group, named=group.get("param_names") is not None)
         if saved_group.get("rule", group["rule"]) != group["rule"]:
             raise ValueError(f"group {number} was saved by rule {saved_group['rule']!r}, here it is {group['rule']!r}")
+        check_reading(number, group, saved_group)
         values: dict[int, dict[str, Tensor]] = {}
         ages = list(counters[number].ages)
         for position, index in enumerate(order):
@@ -82,6 +84,20 @@ def load_state_dict(
         # Schedulers keep numbers of theirs in groups; everything comes back but what has no meaning here.
         group.update({k: v for k, v in saved_group.items() if k not in NOT_OURS})
         group.update(kept)
+
+
+def check_reading(number: int, group: dict[str, Any], saved_group: dict[str, Any]) -> None:
+    """Refuse states of other matrices than those that a group has here.
+
+    Raises:
+        ValueError: the group was saved with another split or other blocks.
+    """
+    for key in READING:
+        if key in group and saved_group.get(key, group[key]) != group[key]:
+            raise ValueError(
+                f"group {number} was saved with {key}={saved_group[key]!r}, here it has {group[key]!r}: its states are of "
+                "other matrices; build the optimizer as it was saved"
+            )
 
 
 def match_parameters(number: int, here: list[str], saved_group: dict[str, Any], *, named: bool) -> list[Any]:
@@ -121,11 +137,17 @@ def _check_parameter(
         value = found[key]
         if not isinstance(value, Tensor) or value.is_complex():
             raise ValueError(f"{name!r}: state {key!r} is {type(value).__name__}, expected a tensor")
-        shape = faces.face_shape(position, state) if state.kind != "group" else ()
+        shape = faces.face_shape(position, key)
         window = faces.windows[position]
         if faces.travels(position, state):
-            local = _local_part(value, shape, faces.face_geometry(position, key).layout, window, name, key)
+            local = _local_part(value, shape, faces.face_layout(position, key), window, name, key)
             values.setdefault(position, {})[key] = local
+            continue
+        if faces.gathers(position, state):
+            whole = local_tensor(value)
+            if tuple(whole.shape) != shape:
+                raise ValueError(f"{name!r}: state {key!r} has shape {tuple(value.shape)}, expected {shape}")
+            values.setdefault(position, {})[key] = whole
             continue
         target = local_tensor(live[key])
         source = fitting(value, live[key], shape, name, key)
@@ -169,9 +191,8 @@ def _sharding_layout(live: DTensor) -> tuple[tuple[int, int], ...]:
     return layout.box(layout.ranks.index(int(rank)))
 
 
-def _local_part(value: Tensor, shape: tuple[int, ...], layout: Any, window: Window, name: str, key: str) -> Tensor:
+def _local_part(value: Tensor, shape: tuple[int, ...], layout: Sharded, window: Window, name: str, key: str) -> Tensor:
     """The rows of a state that lives with owners which this rank's face holds."""
-    assert isinstance(layout, Sharded)
     box = layout.box(window.spec.index)
     if isinstance(value, DTensor):
         local = local_tensor(value)

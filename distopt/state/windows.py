@@ -170,6 +170,10 @@ def allocate_stacks(
         for name, state in declared.items():
             if state.kind == "owner" and bucket.exchanged:
                 slabs.tensors[name] = torch.empty((0, *state.shape), device=device)
+            elif state.kind == "owner" and bucket.entries[stack.pieces[0].entry].geometry.logical.declared:
+                # Its neighbours may have other shapes.
+                shape = (len(stack.pieces), *state.shape)
+                slabs.tensors[name] = torch.full(shape, float(state.fill), device=device)
             elif state.kind != "group":
                 slabs.tensors[name] = _piece_slab(name, state, stack, windows, pieces, device)
         stacks.append(slabs)
@@ -194,7 +198,7 @@ def _piece_slab(
     and the parameters get views; else the parameter has one flat tensor and the stack is a view of that."""
     first = stack.pieces[0]
     rows, cols = piece_extent(state, first)
-    if all(len(pieces[piece.param]) == 1 for piece in stack.pieces):
+    if all(len(pieces[piece.param]) == 1 for piece in stack.pieces) and stack.rect.dense:
         slab = torch.empty((len(stack.pieces), rows, cols), device=device)
         for item, piece in zip(slab, stack.pieces):
             window = windows[piece.param]
@@ -217,4 +221,6 @@ def strided(flat: Tensor, stack: Stack) -> Tensor:
     k, rows, cols = stack.size
     offsets = [piece.rect.offset for piece in stack.pieces]
     step = offsets[1] - offsets[0] if k > 1 else 0
-    return flat.as_strided((k, rows, cols), (step, stack.rect.stride, 1), flat.storage_offset() + offsets[0])
+    return flat.as_strided(
+        (k, rows, cols), (step, stack.rect.stride, stack.rect.step), flat.storage_offset() + offsets[0]
+    )

@@ -209,8 +209,9 @@ def fsdp(mesh_of: Callable[[], DeviceMesh]) -> Callable[[Full], Full]:
 def tensor_parallel(model: Model, tp: DeviceMesh) -> None:
     """The first linear layers of a block column-wise, the second ones row-wise; router and norms stay as they are."""
     columns, rows = ("q", "up", "up_again"), ("out", "down", "down_again")
-    styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns if name in model.layers}
-    styles |= {name: RowwiseParallel() for name in rows if name in model.layers}
+    linear = {name for name, layer in model.layers.items() if isinstance(layer, nn.Linear)}
+    styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in columns if name in linear}
+    styles |= {name: RowwiseParallel() for name in rows if name in linear}
     parallelize_module(model, tp, {f"layers.{name}": style for name, style in styles.items()})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
@@ -93,6 +94,7 @@ class Bound:
         self.faces = [Faces(bound, self.domains) for bound in self.groups]
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.holds = [window.numel > 0 for bound in self.groups for window in bound.windows]
+        self._positions: dict[int, int] = {}
         self.counters: list[Counters] = []
         for bound, faces in zip(self.groups, self.faces):
             for number, window in enumerate(bound.windows):
@@ -267,6 +269,43 @@ class Bound:
         for group in self.groups:
             self._gather(group.windows)
         return Verdict(norm, True, verdict.inert, verdict.partial)
+
+    def refuse_alone(self, groups: list[dict[str, Any]]) -> None:
+        """Raise where parameters cannot be stepped one by one, in an order that no other rank knows."""
+        for group, rule in zip(self.groups, map(group_rule, groups)):
+            name = type(rule).__name__
+            sums = isinstance(group, BoundGroup) and bool(group.barriers())
+            if sums or (self.union.size > 1 and (not group.plan.elementwise or group.units.units)):
+                why = "sums over all parameters" if sums else "needs other ranks in the middle of a step"
+                raise ValueError(f"{name} {why}, so its parameters cannot be stepped as gradients arrive; call step()")
+
+    def position(self, param: Tensor) -> int:
+        """Where a parameter stands."""
+        if not self._positions:
+            self._positions = {id(p): i for i, p in enumerate(self.params)}
+        return self._positions[id(param)]
+
+    def step_alone(self, number: int, groups: list[dict[str, Any]], scale: float, *, maximize: bool) -> None:
+        """Step a group of one parameter. No verdict: that is the caller's."""
+        group, counters, rule = self.groups[number], self.counters[number], group_rule(groups[number])
+        self.plans[number].storage.seed = groups[number]["rounding_seed"]
+        group.collect(set())
+        if scale != 1.0:
+            group.scale(scale)
+        if maximize:
+            group.negate()
+        group.step(rule, counters.ages[0] + 1, set(), self.union, final=True)
+        counters.advance(set())
+
+    def total_norm(self, squares: float) -> float:
+        """The global norm, from this rank's sum of squares; inf where something is not finite."""
+        finite = math.isfinite(squares)
+        both = torch.tensor([squares if finite else 0.0, float(not finite)], dtype=torch.float64, device=self.device)
+        work = self.norm.all_reduce(both)
+        if work is not None:
+            work.wait()
+        total, bad = both.tolist()
+        return math.inf if bad else math.sqrt(total)
 
     def swap(self, groups: list[dict[str, Any]], wanted: list[bool]) -> None:
         """Exchange the weights that are trained for those to evaluate, or back, in the groups that are `wanted`."""

@@ -122,7 +122,7 @@ def parameter_groups(
             if chosen:
                 group: dict[str, Any] = {"params": [(route.name, route.param) for route in chosen]}
                 group.update({} if hidden else other)
-                if not decays:
+                if not decays and "weight_decay" in {f.name for f in fields(rule_class(group.get("rule", name)))}:
                     group["weight_decay"] = 0.0
                 groups.append(group)
     return groups, own, [(route.name, name if route.hidden or not matrix else rest, route.why) for route in routes]

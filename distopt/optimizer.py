@@ -97,6 +97,7 @@ class Optimizer(torch.optim.Optimizer):
         self._model: Callable[[], torch.nn.Module | None] | None = None
         self._bound: Bound | None = None
         self._pending: dict[str, Any] | None = None
+        self.stepper: Any = None
         hyper = {name: options[name] for name in _defaults(rule) if name in options}
         stored = {name: options.get(name, default) for name, default in STORAGE_OPTIONS.items()}
         super().__init__(params, {"rule": rule, **_defaults(rule), **hyper, **stored})
@@ -184,6 +185,10 @@ class Optimizer(torch.optim.Optimizer):
         bound = self._bind()
         scale = getattr(self, "grad_scale", None)
         found = getattr(self, "found_inf", None)
+        require(
+            self.stepper is None or scale is None,
+            "this optimizer steps in backward, where a GradScaler has not unscaled gradients yet; train in bf16",
+        )
         outcome = bound.step(
             self.param_groups,
             self.engine,
@@ -217,6 +222,38 @@ class Optimizer(torch.optim.Optimizer):
                 finite. On every rank alike, with states unchanged.
         """
         return observe(self._bind(), self.param_groups, self.engine, name, values)
+
+    def split_groups(self) -> None:
+        """Make every parameter a group of its own, with the same options; see `distopt.step_in_backward`.
+
+        Raises:
+            ValueError: a rule that cannot step parameter by parameter where these parameters lie.
+        """
+        bound = self._bind()
+        bound.refuse_alone(self.param_groups)
+        names = iter(bound.names)
+        groups = [
+            {**group, "params": [param], "param_names": [next(names)]}
+            for group in self.param_groups
+            for param in group["params"]
+        ]
+        self._pending, self._bound = bound.export(), None
+        self.param_groups[:] = groups
+        self._bind()
+
+    def step_parameter(self, param: Tensor, scale: float) -> None:
+        """Step one parameter, which is a group of its own, with its gradient times `scale`."""
+        bound = self._bound or self._bind()
+        bound.step_alone(bound.position(param), self.param_groups, scale, maximize=self.engine["maximize"])
+
+    def share_of(self, param: Tensor) -> float:
+        """One over the number of copies that there are of what lies here of a parameter."""
+        bound = self._bound or self._bind()
+        return bound.groups[bound.position(param)].windows[0].holders / bound.union.size
+
+    def global_norm(self, squares: float) -> float:
+        """√ of the sum over ranks; inf where there is something that is not finite."""
+        return self._bind().total_norm(squares)
 
     def train(self) -> None:
         """Put the weights that are trained into the model, after `eval`. Only rules with two sets of weights (Schedule-Free)

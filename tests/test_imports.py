@@ -23,7 +23,7 @@ PACKAGE = ROOT / "distopt"
 LEVELS: list[set[str]] = [
     {"integrations", "launch", "__init__", "__main__"},
     {"cli"},
-    {"build", "catalog", "checkpoint"},
+    {"backward", "build", "catalog", "checkpoint"},
     {"averaging"},
     {"optimizer", "quasi_newton"},
     {"observation"},

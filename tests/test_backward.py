@@ -16,9 +16,14 @@ from tests.distributed.pool import pool
 
 HERE = "tests.test_backward"
 RULES: dict[str, dict[str, Any]] = {
-    "lomo": {}, "adalomo": {}, "adamw": {}, "muon": {"rest_options": {"lr": 1e-3}}, "soap": {"precondition_frequency": 2, "synchronous": True},
-    "schedule_free_adamw": {}, "lion": {"state_codec": "int8"},
-}  # fmt: skip
+    "lomo": {},
+    "adalomo": {},
+    "adamw": {},
+    "muon": {"rest_options": {"lr": 1e-3}},
+    "soap": {"precondition_frequency": 2, "synchronous": True},
+    "schedule_free_adamw": {},
+    "lion": {"state_codec": "int8"},
+}
 OFF = {"nonfinite": None}
 
 

@@ -223,7 +223,8 @@ class Bound:
         if len(verdict.inert) == len(self.params) and not self.has_stepped:
             raise ValueError(
                 "no parameter of this optimizer has a gradient on its first step; was the model sharded (fully_shard, "
-                "prepare) after the optimizer was built? Build it afterwards, or with distopt.create_optimizer(name, model)"
+                "prepare) after the optimizer was built? Build it afterwards, or with distopt.create_optimizer(name, model); "
+                "for DeepSpeed, with distopt.integrations.deepspeed.optimizer(name, model)"
             )
         if not verdict.finite:
             if engine["nonfinite"] == "raise" and found_inf is None:

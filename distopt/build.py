@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distopt.bound import strip_prefixes
+from distopt.layouts import declare_fsdp1, global_shape
 from distopt.optimizer import ENGINE_OPTIONS, Optimizer, optimizer_class
 from distopt.quasi_newton import DRIVERS, driver_class
 from distopt.rule import require
@@ -103,6 +104,7 @@ def parameter_groups(
     """
     rule = rule_class(name)
     matrix = rule.reach == "matrix"
+    declare_fsdp1(model)
     routes = list(_routes(model))
     if matrix and not any(route.hidden for route in routes):
         raise ValueError(
@@ -164,20 +166,21 @@ def _routes(model: nn.Module) -> Iterator[Route]:
             name = strip_prefixes(key)
             *path, leaf = name.split(".")
             words = leaf.split("_")
+            shape = global_shape(param)
             if id(param) in embeddings or "embed" in leaf or {"pos", "token", "cls"} & set(words):
-                yield Route(name, param, False, param.ndim > 1, "embedding")
+                yield Route(name, param, False, len(shape) > 1, "embedding")
             elif "Norm" in type(module).__name__ or "bias" in words:
                 yield Route(name, param, False, False, "norm or bias")
             elif id(module) in heads or (path and (path[0] in HEADS or path[-1] in HEADS)):
-                yield Route(name, param, False, param.ndim > 1, "output head")
-            elif param.ndim < 2 or sorted(param.shape)[-2] == 1:
+                yield Route(name, param, False, len(shape) > 1, "output head")
+            elif len(shape) < 2 or sorted(shape)[-2] == 1:
                 yield Route(name, param, False, False, "vector or scalar")
             elif isinstance(module, HIDDEN_MODULES) or type(module).__name__ == "Conv1D":
                 yield Route(name, param, True, True, f"weight of a hidden {type(module).__name__}")
-            elif param.ndim == 2 or (param.ndim == 3 and not isinstance(module, nn.Conv1d)):
+            elif len(shape) == 2 or (len(shape) == 3 and not isinstance(module, nn.Conv1d)):
                 yield Route(name, param, True, True, f"matrices of a {type(module).__name__}")
             else:
-                yield Route(name, param, False, True, f"{param.ndim}-D weight of a {type(module).__name__}")
+                yield Route(name, param, False, True, f"{len(shape)}-D weight of a {type(module).__name__}")
 
 
 def _output_modules(model: nn.Module) -> set[int]:

@@ -322,7 +322,7 @@ def _names(model: nn.Module, bound: Bound) -> dict[int, str]:
     names = {id(param): strip_prefixes(name) for name, param in model.named_parameters()}
     for param, name in zip(bound.params, bound.names):
         if id(param) not in names:
-            if not hasattr(param, "_distopt_flat"):
+            if getattr(param, "_distopt_flat", None) is None:
                 raise ValueError(
                     f"the optimizer's parameter {name!r} is not in the model; pass the model it was built for"
                 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distopt.bound import Bound, parameter_names, reshard, strip_prefixes
+from distopt.layouts import global_shape
 from distopt.observation import observe
 from distopt.plan.build import check_served
 from distopt.plan.report import PlanReport
@@ -98,6 +99,7 @@ class Optimizer(torch.optim.Optimizer):
         self._bound: Bound | None = None
         self._pending: dict[str, Any] | None = None
         self.stepper: Any = None
+        self._shapes: set[tuple[int, ...]] = set()
         hyper = {name: options[name] for name in _defaults(rule) if name in options}
         stored = {name: options.get(name, default) for name, default in STORAGE_OPTIONS.items()}
         super().__init__(params, {"rule": rule, **_defaults(rule), **hyper, **stored})
@@ -160,6 +162,7 @@ class Optimizer(torch.optim.Optimizer):
             self.defaults = before
         try:
             _check_group(self.param_groups[-1], len(self.param_groups) - 1)
+            self._shapes.update(map(global_shape, self.param_groups[-1]["params"]))
             pending = self._bound.export() if self._bound is not None else self._pending
             if self._constructed:  # the constructor looks once, at all groups
                 parameter_names(self.param_groups)
@@ -308,7 +311,7 @@ class Optimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("defaults", "param_groups", "engine", "last_grad_norm", "skipped_steps", "routing")
+        kept = ("defaults", "param_groups", "engine", "last_grad_norm", "skipped_steps", "routing", "_shapes")
         pending = self._bound.export() if self._bound is not None else self._pending
         return {
             **{key: self.__dict__[key] for key in kept},
@@ -327,6 +330,7 @@ class Optimizer(torch.optim.Optimizer):
             self._pending = self._bound.export()
             self._bound = None
         if self._bound is None:
+            _check_shapes(groups, self._shapes)
             bound = Bound(groups, self.engine)
             if self._pending is not None:
                 bound.restore(groups, self._pending)
@@ -370,6 +374,18 @@ def check_options(rule: str, options: Iterable[str]) -> None:
         raise TypeError(f"{rule} has no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
 
 
+def _check_shapes(groups: list[dict[str, Any]], known: set[tuple[int, ...]]) -> None:
+    """Refuse flat pieces that took the place of matrices: a rule would see vectors, and say nothing."""
+    for group in groups:
+        for param in group["params"] if rule_class(group["rule"]).reach != "elementwise" else ():
+            require(
+                global_shape(param) in known,
+                f"a parameter of shape {tuple(param.shape)} took the place of those that {group['rule']} was built for: it "
+                "was flattened by FSDP1 (build the optimizer afterwards, with distopt.create_optimizer(name, model)) or "
+                "DeepSpeed (use distopt.integrations.deepspeed.optimizer(name, model))",
+            )
+
+
 def _check_group(group: dict[str, Any], position: int) -> None:
     rule = group_rule(group)
     group_storage(group)
@@ -397,9 +413,12 @@ def _check_group(group: dict[str, Any], position: int) -> None:
         if isinstance(param, DTensor):
             unserved = [placement for placement in param.placements if placement.is_partial()]
             require(not unserved, f"{name!r} has placement {unserved}; redistribute it to Shard or Replicate first")
-        spec = getattr(param, "_distopt_flat", None)
-        shape = tuple(spec.shape if spec is not None else param.shape)
-        check_served(name, shape, rule, group["split"])
+        require(
+            rule.reach == "elementwise" or not hasattr(param, "_fsdp_flattened") or hasattr(param, "_distopt_flat"),
+            f"{name!r} is a piece of a vector that FSDP1 cut; build the optimizer with distopt.create_optimizer(name, "
+            "model), which finds the tensors again",
+        )
+        check_served(name, global_shape(param), rule, group["split"])
 
 
 def optimizer_class(name: str) -> type[Optimizer]:

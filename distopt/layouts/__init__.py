@@ -12,9 +12,22 @@ from torch.distributed.tensor import DTensor
 from distopt.layouts.base import Layout, Partition, Plain
 from distopt.layouts.dtensor import Sharded, dtensor_layout
 from distopt.layouts.flat import Flat, flat_layout, flat_shard
+from distopt.layouts.fsdp1 import declare_fsdp1
 from distopt.layouts.region import Rect
 
-__all__ = ["Flat", "Layout", "Partition", "Plain", "Rect", "Sharded", "flat_shard", "layout_of", "local_tensor"]
+__all__ = [
+    "Flat",
+    "Layout",
+    "Partition",
+    "Plain",
+    "Rect",
+    "Sharded",
+    "declare_fsdp1",
+    "flat_shard",
+    "global_shape",
+    "layout_of",
+    "local_tensor",
+]
 
 
 def layout_of(param: Tensor, rank: int) -> Layout:
@@ -30,6 +43,12 @@ def layout_of(param: Tensor, rank: int) -> Layout:
     if isinstance(param, DTensor):
         return dtensor_layout(param)
     return flat_layout(param) or Plain(tuple(param.shape), (rank,))
+
+
+def global_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of the logical tensor, whatever part of it lies here."""
+    spec = getattr(tensor, "_distopt_flat", None)
+    return tuple(tensor.shape if spec is None else spec.shape)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Faces:
                 window.state[name] = torch.zeros(0, device=param.device)
             flat = window.state[name]
             whole = flat.numel() == torch.Size(face).numel()
-            return flat.view(face) if whole and not hasattr(param, "_distopt_flat") else flat
+            return flat.view(face) if whole and getattr(param, "_distopt_flat", None) is None else flat
         shape = tuple(param.shape)
         reduced = [n != full for n, full in zip(face, shape, strict=True)]
         local = [1 if less else n for n, less in zip(param._local_tensor.shape, reduced, strict=True)]

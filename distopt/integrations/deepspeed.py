@@ -18,13 +18,14 @@ the update is the mathematics of one process. Nothing of DeepSpeed is patched. O
 compared with the weights they should hold, so that a DeepSpeed that cuts in another way is an error and not a wrong
 model.
 
-Supported, each with a test: ZeRO stages 0, 1, 2 and 3; fp32, bf16 and, from stage 1 on, fp16; fp32 gradient
-accumulation of bf16; `offload_optimizer` to CPU; several parameter groups (each matrix rule makes at least two); stage 3 with
-`zero.Init` before the optimizer is built, and with small `sub_group_size`; `round_robin_gradients`; gradient
-accumulation; `gradient_clipping`, which is on the gradient, before the rule; DeepSpeed's learning-rate schedulers;
-`save_checkpoint` / `load_checkpoint` on the same number of ranks, bit for bit. Clipping, loss scaling and the skipping
-of steps are DeepSpeed's. A parameter without a gradient counts as one with a zero gradient, as it does for every
-optimizer under ZeRO.
+Supported, each with a test, with DeepSpeed 0.19.8 (0.18.0 fails some of them): ZeRO stages 0, 1, 2 and 3; fp32, bf16
+and, from stage 1 on, fp16; fp32 gradient accumulation of bf16; `offload_optimizer` to CPU; several parameter groups (each
+matrix rule makes at least two); stage 3 with `zero.Init` before the optimizer is built, and with small `sub_group_size`;
+`round_robin_gradients`; gradient accumulation; `gradient_clipping`, which is on the gradient, before the rule;
+DeepSpeed's learning-rate schedulers; `save_checkpoint` / `load_checkpoint` on the same number of ranks, bit for bit.
+Clipping, loss scaling and the skipping of steps are DeepSpeed's. A parameter without a gradient counts as one with a zero
+gradient, as it does for every optimizer under ZeRO. Give `zero.Init` the config: with `dtype=torch.float32` alone it
+rounds weights to bf16 on CPUs without fp16.
 
 Not supported:
 
@@ -80,12 +81,12 @@ SUPPORTED = {
         scheduler optimizer fp16 bf16 data_types zero_optimization checkpoint tensorboard wandb csv_monitor comms_logger
         flops_profiler""",
     "zero_optimization": """stage contiguous_gradients overlap_comm reduce_scatter reduce_bucket_size allgather_partitions
-        allgather_bucket_size round_robin_gradients offload_optimizer sub_group_size load_from_fp32_weights
+        allgather_bucket_size round_robin_gradients offload_optimizer sub_group_size
         stage3_max_live_parameters stage3_max_reuse_distance stage3_prefetch_bucket_size
         stage3_param_persistence_threshold stage3_gather_16bit_weights_on_model_save""",
     "zero_optimization.offload_optimizer": "device pin_memory",
     "fp16": "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis min_loss_scale",
-    "bf16": "enabled immediate_grad_update",
+    "bf16": "enabled",
     "data_types": "grad_accum_dtype",
     "checkpoint": "tag_validation",
 }
@@ -239,8 +240,8 @@ class Part:
             raise ValueError(
                 f"DeepSpeed's fp32 partition does not hold the weights of {', '.join(map(repr, wrong[:3])) or 'another rank'}: "
                 "either weights were loaded into the module after deepspeed.initialize (call "
-                "engine.optimizer.refresh_fp32_params()), or this version of DeepSpeed partitions in another way (0.18 and "
-                "0.19 are known)"
+                "engine.optimizer.refresh_fp32_params()), or this version of DeepSpeed partitions in another way "
+                "(0.19.8 is known)"
             )
 
 

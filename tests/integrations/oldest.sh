@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests of a trainer with another release of it, such as the oldest that pyproject.toml allows:
-#   bash tests/integrations/oldest.sh deepspeed 0.18.0
+#   bash tests/integrations/oldest.sh deepspeed 0.19.8
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 release="$(mktemp -d)"

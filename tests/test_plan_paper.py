@@ -91,6 +91,15 @@ def test_codes_take_less_state_than_fp32() -> None:
     assert coded.memory.max() < plain.memory.max()
 
 
+def test_a_split_makes_matrices_of_their_own(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "model").write_text(json.dumps({"layers.0.qkv.weight": [96, 32], "layers.1.qkv.weight": [96, 32]}))
+    words = ["plan", "--model", str(tmp_path / "model"), "--mesh", "dp=4", "--compare", "muon,soap"]
+    main([*words, "--optimizer.split", "q,k,v", "--json", str(tmp_path / "plan.json")])
+    plans = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    assert [sum(row["matrices"] for row in plan["rows"]) for plan in plans] == [6, 6]
+    assert "soap" in capsys.readouterr().out
+
+
 def test_what_a_mesh_cannot_be_is_said_by_name() -> None:
     assert Mesh.parse("tp=8, dp=16") == Mesh(1, 16, 8)
     for text, words in {

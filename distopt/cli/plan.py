@@ -232,7 +232,7 @@ def _value(text: str) -> Any:
 
 
 def _has(name: str, option: str) -> bool:
-    return option in {f.name for f in fields(rule_class(name))}
+    return option in {f.name for f in fields(rule_class(name))} | GROUP_OPTIONS.keys() | STORAGE_OPTIONS.keys()
 
 
 def _is_shape(value: Any) -> bool:

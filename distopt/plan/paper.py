@@ -113,10 +113,10 @@ def _zero() -> np.ndarray:
 class Loads:
     """What one strategy of one group costs in one step: arrays over the ranks of the mesh.
 
-    sent, received, state and temporary are bytes, without self-traffic; `temporary` is what matrices need beside states:
-    buckets in flight and the workspace of the largest (elementwise groups step in place). flops are those of the average
-    step. compute, memory and wire are seconds; `compute` is (steps of one cycle, ranks), since work that is not done in
-    every step takes turns.
+    sent, received, state and temporary are bytes, without self-traffic; `temporary` is an estimate from above (1.0 to 2.2
+    times what one process held) of what matrices need beside states: buckets in flight and the workspace of the largest;
+    elementwise groups step in place. flops are those of the average step. compute, memory and wire are seconds; `compute`
+    is (steps of one cycle, ranks), since work that is not done in every step takes turns.
     """
 
     matrices: int = 0

@@ -48,6 +48,7 @@ RULES = {
     "sophia_g": "SophiaG",
     "sophia_h": "SophiaH",
     "muon_clip": "MuonClip",
+    "psgd_kron": "PSGDKron",
     "lomo": "LOMO",
     "adalomo": "AdaLomo",
 }

@@ -95,6 +95,7 @@ def main(arguments: Sequence[str]) -> None:
         activation_checkpointing=config.train.activation_checkpointing,
     )
     optimizer = build_optimizer(config.optimizer, model, mesh)
+    estimate = ESTIMATES.get(config.optimizer.name)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     rank_seed = config.seed + 1 + mesh.data_rank(rank)  # but other random numbers where the data are others
     torch.manual_seed(rank_seed)
@@ -129,9 +130,9 @@ def main(arguments: Sequence[str]) -> None:
         while step < steps:
             for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = base_lr * schedule(updates)
-            if config.optimizer.name in ESTIMATES and step % config.optimizer.estimate_every == 0:
+            if estimate is not None and step % config.optimizer.estimate_every == 0:
                 batch = partial(passes.accumulate_gradients, train_data, step, micro_batch_size)
-                ESTIMATES[config.optimizer.name](batch, model, config.seed + step)
+                estimate(batch, model, config.seed + step)
                 optimizer.observe("hessian")
                 optimizer.zero_grad()
             loss = passes.accumulate_gradients(train_data, step, micro_batch_size)

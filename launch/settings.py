@@ -167,3 +167,10 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        if self.optimizer.name == "sophia_h" and self.train.precision == "bf16":
+            raise ValueError(
+                "optimizer.name=sophia_h takes the difference of two gradients, of which train.precision=bf16 leaves "
+                "nothing: use fp32, or sophia_g"
+            )

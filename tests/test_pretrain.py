@@ -578,6 +578,11 @@ def test_options_of_this_run_win_over_the_checkpoints_with_a_warning():
 # Curvature
 
 
+def test_a_difference_of_bf16_gradients_is_refused():
+    with pytest.raises(ValueError, match="use fp32, or sophia_g"):
+        load("--optimizer.name", "sophia_h", "--train.precision", "bf16")
+
+
 def test_hutchinson_product_is_the_one_of_a_second_backward_pass():
     one = passes()
     batch = partial(one.accumulate_gradients, random_corpus(), 5, 8)

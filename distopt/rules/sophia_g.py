@@ -22,7 +22,7 @@ class SophiaG(Rule):
     `optimizer.observe("hessian")`, clear again. Before the first one H is 0, so the step is signSGD's with momentum.
 
     lr: the largest step of a coordinate, taken where curvature is small against the gradient; rho sets how often that
-    is (the authors: so that 10 to 50 % of coordinates are not clipped), and lr is about a third of AdamW's or as it.
+    is (the authors choose it so that 10 to 50 % of coordinates are not clipped), and take an lr a little below AdamW's.
 
     Its authors report half the steps of AdamW. Third parties do not confirm it: gains over a tuned AdamW of at most 1.4
     times at 0.1B parameters for any rule (arXiv 2509.02046), and Sophia unstable on long runs (arXiv 2509.01440). The

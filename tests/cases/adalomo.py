@@ -1,21 +1,8 @@
 """AdaLomo against pytorch_optimizer's and the naive reference."""
 
-from typing import Any
-
-import pytorch_optimizer
-from torch import Tensor
-
 from tests.cases import Case, Oracle
-from tests.cases.lomo import backward
 from tests.references.adalomo import adalomo
-
-
-def package(weight: Tensor, grads: list[Tensor], **options: Any) -> Tensor:
-    """Without its loss scale; it has two numbers for eps."""
-    eps1, eps2 = options.pop("eps", (1e-30, 1e-3))
-    options = {"lr": 1e-3, "loss_scale": 0.0, "eps1": eps1, "eps2": eps2, **options}
-    return backward(pytorch_optimizer.AdaLOMO, weight, grads, **options)
-
+from tests.references.packages import fused_adalomo, one_matrix
 
 CASE = Case(
     optimizer="AdaLomo",
@@ -29,8 +16,8 @@ CASE = Case(
         Oracle(name="reference", run=adalomo, rel=2e-6, why="float32 rounding of the weights"),
         Oracle(
             name="pytorch_optimizer",
-            run=package,
-            where=lambda shape, _: 0 not in shape and len(shape) in (1, 2),
+            run=fused_adalomo,
+            where=one_matrix,
             rel=2e-6,
             why="order of sums; its arithmetic is float32 whatever it is given",
         ),

@@ -12,7 +12,12 @@ CASE = Case(
         "half": {"rank_fraction": 0.5, "adjust_lr_fn": "match_rms_adamw", "seed": 7},
     },
     oracles=(
-        Oracle(name="reference", run=dion, rel=1e-4, why="power iterations amplify rounding of close directions"),
+        Oracle(
+            name="reference",
+            run=dion,
+            rel=5e-5,
+            why="QR amplifies rounding of directions with little in them, 8e-6 measured",
+        ),
     ),
     sharded=0,
     sharded_stacks=0,

@@ -1,28 +1,8 @@
 """GaLore against galore_torch, where no sign of a singular vector matters, and the naive reference."""
 
-import torch
-from galore_torch import GaLoreAdamW  # type: ignore[import-untyped]
-
-from tests.cases import Case, Options, Oracle, Shape, public
+from tests.cases import Case, Oracle
 from tests.references.galore import galore
-
-
-def for_galore_torch(options: Options) -> Options:
-    """Its defaults for what it wants in the group; its AdamW takes vectors without."""
-    return {"no_deprecation_warning": True} | options
-
-
-def grouped(params: list[torch.nn.Parameter], **options: object) -> torch.optim.Optimizer:
-    """Rank, gap and scale belong to the group of projected parameters."""
-    own = {"rank": 128, "update_proj_gap": 200, "scale": 0.25}
-    group = {name: options.pop(name, default) for name, default in own.items()} | {"proj_type": "std"}
-    return GaLoreAdamW([{"params": params} | (group if params[0].ndim == 2 else {})], **options)
-
-
-def flat_or_matrix(shape: Shape, options: Options) -> bool:
-    """It takes one matrix at a time."""
-    return 0 not in shape and len(shape) < 3
-
+from tests.references.packages import galore_torch, one_matrix
 
 CASE = Case(
     optimizer="GaLore",
@@ -36,9 +16,9 @@ CASE = Case(
         Oracle(name="reference", run=galore, rel=1e-3, why="singular vectors amplify float32 rounding by their gaps"),
         Oracle(
             name="galore_torch",
-            run=public(grouped, for_galore_torch),
+            run=galore_torch,
             variants=("low_rank", "default"),
-            where=flat_or_matrix,
+            where=one_matrix,
             rel=1e-3,
             why="its singular vectors are float32 whatever it is given; after a refresh their signs matter",
         ),

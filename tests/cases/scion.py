@@ -2,27 +2,10 @@
 
 import pytorch_optimizer
 import torch
-from pytorch_optimizer.optimizer.scion import LMONorm
 
-from tests.cases import Case, Options, Oracle, Shape, public
+from tests.cases import Case, Oracle, public
+from tests.references.packages import scion_options
 from tests.references.scion import scion
-
-
-def for_pytorch_optimizer(options: Options) -> Options:
-    """The authors' names: momentum is the weight of the new gradient."""
-    return {
-        "lr": options.get("lr", 1e-3),
-        "momentum": 1 - options.get("momentum", 0.9),
-        "constraint": not options.get("unconstrained", False),
-        "norm_type": LMONorm.SIGN if options.get("norm") == "sign" else LMONorm.AUTO,
-        "scale": options.get("scale", 50.0),
-    }
-
-
-def exact(shape: Shape, options: Options) -> bool:
-    """It iterates in bf16; its signs take matrices, its root mean squares vectors."""
-    return 0 not in shape and len(shape) == (2 if options.get("norm") == "sign" else 1)
-
 
 CASE = Case(
     optimizer="Scion",
@@ -36,9 +19,10 @@ CASE = Case(
         Oracle(name="reference", run=scion, rel=1e-5, why="as for Muon"),
         Oracle(
             name="pytorch_optimizer",
-            run=public(pytorch_optimizer.SCION, for_pytorch_optimizer),
+            run=public(pytorch_optimizer.SCION, scion_options),
             dtype=torch.float32,
-            where=exact,
+            # It iterates in bf16; its signs take matrices, its root mean squares vectors.
+            where=lambda shape, options: 0 not in shape and len(shape) == (2 if options.get("norm") else 1),
             rel=2e-6,
             why="float32 rounding of the weights",
         ),

@@ -9,7 +9,7 @@ from torch import Tensor
 def sophia(
     weight: Tensor,
     grads: Sequence[Tensor],
-    observed: Mapping[int, Tensor],
+    observed: Mapping[int, Tensor] | None = None,
     *,
     lr: float = 1e-4,
     betas: tuple[float, float] = (0.965, 0.99),
@@ -21,7 +21,7 @@ def sophia(
     """w ← (1 − lr λ) w − lr sign(m) min(|m| / (ρ bs h + 1e-15), 1), with h a mean of what is observed, or its square."""
     m, h = torch.zeros_like(weight), torch.zeros_like(weight)
     for t, g in enumerate(grads):
-        if t in observed:
+        if observed is not None and t in observed:
             seen = observed[t] ** 2 if squared else observed[t]
             h = betas[1] * h + (1 - betas[1]) * seen
         m = betas[0] * m + (1 - betas[0]) * g

@@ -3,9 +3,10 @@
     python -m benchmarks.optimizers_60s [--steps 150] [--runs N]
 
 The main job on configs/pretrain_60s.yaml (a byte-level Llama of 0.7M parameters on the Python standard library), one
-process, one thread. Every optimizer gets as many learning rates, a factor of about 3 apart around what its authors take
-for small models, and nothing else is tuned. A matrix rule has AdamW at lr 3e-3 for embeddings, head and norms. Runs that
-are in the result already are not repeated: --runs does so many more and stops. One seed; seeds differ by about .01.
+process, one thread. Every optimizer gets as many learning rates, a factor of about 3 apart around what its authors
+take for small models, and nothing else is tuned. All warm up for 20 steps and decay by a cosine, except Schedule-
+Free. A matrix rule has AdamW at lr 3e-3 for embeddings, head and norms. Runs that are in the result already are not
+repeated: --runs does so many more and stops. One seed; seeds differ by about .01.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ TRIALS: dict[str, tuple[tuple[float, ...], dict[str, Any]]] = {
     "galore": ((1e-2, 3e-3, 3e-2), LOW_RANK),
     "apollo": ((1e-2, 3e-3, 3e-2), LOW_RANK),
     "came": ((1e-3, 3e-4, 3e-3), {}),
+    "schedule_free_adamw": ((1e-2, 3e-3, 3e-2), {}),
+    "prodigy": ((1.0, 0.3, 3.0), {}),
 }
 """Name → learning rates, the middle one first, and options."""
 MATRIX = {"galore", "apollo"}
+CONSTANT = {"schedule_free_adamw"}
 
 
 def train(name: str, lr: float, options: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -51,6 +55,8 @@ def train(name: str, lr: float, options: dict[str, Any], steps: int) -> dict[str
             command += [f"--optimizer.options.{key}", str(value)]
         if name in MATRIX:
             command += ["--optimizer.rest", "adamw", "--optimizer.rest_options.lr", "3e-3"]
+        if name in CONSTANT:
+            command += ["--schedule.kind", "constant"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         run: dict[str, Any] = {"name": name, "lr": lr, "options": options, "steps": steps}

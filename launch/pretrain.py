@@ -154,7 +154,9 @@ def main(arguments: Sequence[str]) -> None:
                 window_step, window_start = step, time.perf_counter()
             pause_start = time.perf_counter()
             if due(step, config.eval.every, steps):
+                optimizer.eval()  # the weights to keep, where a rule trains others (Schedule-Free)
                 metrics.write(step, val_loss=passes.evaluate(val_data))
+                optimizer.train()
             if due(step, config.checkpoint.every, steps):
                 extra = {
                     "position": {"step": step, "data": data_identity},
@@ -168,6 +170,7 @@ def main(arguments: Sequence[str]) -> None:
             window_start += time.perf_counter() - pause_start  # the tokens per second are those of training
             metrics.advance()
 
+    optimizer.eval()
     if config.checkpoint.export:
         export_model(model, directory / "model", write=rank == 0)
     steps_here = step - first_step

@@ -1,5 +1,5 @@
-"""Factors Q of a preconditioner Qᵀ Q that are fitted without inverses (Li 2018, arXiv 1512.04202; Pooladzandi and Li
-2024, arXiv 2402.11858): upper triangular (k, n, n), or diagonal, kept as (k, n, 1)."""
+"""Factors Q of a preconditioner Qᵀ Q that are fitted without inverses (Li 2015, arXiv 1512.04202; Li 2018,
+arXiv 1809.10232): upper triangular (k, n, n), or diagonal, kept as (k, n, 1)."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""PSGD-Kron: a preconditioner fitted by gradient descent (Li, 2018, arXiv 1512.04202; Kronecker factors: 2402.11858)."""
+"""PSGD-Kron: a preconditioner fitted by gradient descent (Li, 2015, arXiv 1512.04202; factors: 1809.10232)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class PSGDKron(Rule):
     """W ← W − lr (min(1, 1.1 / RMS) Lᵀ L M Rᵀ R + weight_decay W), where M is the running mean of gradients, bias-
     corrected, and L and R are fitted so that what is preconditioned has unit covariance: A = L M Rᵀ is compared with a
     random probe under the inverse, B = L^(−T) V R^(−1). Factors are upper triangular, diagonal on sides of 1 or longer
-    than `max_size_triangular`. The variant is kron_torch's (Kron of pytorch_optimizer) with `memory_save_mode` None.
+    than `max_size_triangular`. The variant is pytorch_optimizer's Kron, after kron_torch, with `memory_save_mode` None.
 
     `update_probability`: the share of steps in which factors are fitted; None is 1 for 500 steps, then e^(−step/1000)
     of it, .03 from step 4,007 on.
 
-    lr: the RMS of a step is at most 1.1 · lr, so lr is what AdamW's is; the authors take a third of AdamW's or less.
+    lr: the RMS of a step is at most 1.1 · lr, so lr is what AdamW's is; the package's authors take a third of it.
 
     Deviations: fits are dealt out evenly instead of by chance; probes come from a generator seeded with `seed` + step,
     the same for matrices of one shape, so every rank draws the same; factors are balanced at every hundredth fit
@@ -33,6 +33,8 @@ class PSGDKron(Rule):
 
     It pays where Shampoo's roots do not: no decomposition, a triangular solve per fit. Third parties find
     at most 1.4 times a tuned AdamW at 0.1B parameters for any rule, about 1.1 at 1.2B (arXiv 2509.02046).
+
+    Start: lr a third of AdamW's, momentum 0.9 (the README of github.com/evanatyourservice/kron_torch).
     """
 
     lr: float = 1e-3

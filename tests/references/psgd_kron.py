@@ -1,4 +1,4 @@
-"""PSGD with Kronecker factors: Pooladzandi and Li 2024 (arXiv 2402.11858), in the variant of kron_torch."""
+"""PSGD with Kronecker factors: Li 2018 (arXiv 1809.10232), in the variant of pytorch_optimizer and kron_torch."""
 
 from collections.abc import Sequence
 

@@ -35,7 +35,7 @@ def __getattr__(name: str) -> Any:
         from distopt.quasi_newton import driver_class
 
         return driver_class(name)
-    if name in ("averaging", "checkpoint", "layouts", "schedules"):
+    if name in ("averaging", "checkpoint", "integrations", "layouts", "schedules"):
         return importlib.import_module(f"distopt.{name}")
     sources = {
         "Optimizer": "distopt.optimizer",

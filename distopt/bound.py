@@ -126,13 +126,8 @@ class Bound:
         for group in groups:
             names.append(self.names[start : start + len(group["params"])])
             start += len(group["params"])
-        saved_groups = [
-            {**group, "param_names": [strip_prefixes(name) for name in group["param_names"]]}
-            if group.get("param_names")
-            else group
-            for group in saved["param_groups"]
-        ]
-        load_state_dict(groups, names, self.faces, self.counters, {**saved, "param_groups": saved_groups})
+        saved = {**saved, "param_groups": strip_groups(saved["param_groups"])}
+        load_state_dict(groups, names, self.faces, self.counters, saved)
 
     def export(self) -> dict[str, Any]:
         """Everything but hyperparameters, in the format of a state dict; survives another binding."""
@@ -477,6 +472,16 @@ def strip_prefixes(name: str) -> str:
     while parts and parts[0] in PREFIXES and len(parts) > 1:
         parts = parts[1:]
     return ".".join(part for part in parts if part not in PREFIXES - {"module"})
+
+
+def strip_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups with the names of their parameters, where they have names, without prefixes."""
+    return [
+        {**group, "param_names": [strip_prefixes(name) for name in group["param_names"]]}
+        if group.get("param_names")
+        else group
+        for group in groups
+    ]
 
 
 def _exchange_flat_ranges(names: list[str], params: list[Tensor], device: torch.device) -> None:

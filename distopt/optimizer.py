@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distopt.bound import Bound, parameter_names, reshard, strip_prefixes
+from distopt.bound import Bound, parameter_names, reshard, strip_groups, strip_prefixes
 from distopt.layouts import global_shape
 from distopt.observation import observe
 from distopt.plan.build import check_served
@@ -23,6 +23,7 @@ from distopt.plan.report import PlanReport
 from distopt.rule import require
 from distopt.rules import group_rule, rule_class
 from distopt.state.codecs import STORAGE_OPTIONS, group_storage
+from distopt.state.loading import load_groups
 
 ENGINE_OPTIONS: dict[str, Any] = {
     "max_grad_norm": None,
@@ -72,6 +73,7 @@ class Optimizer(torch.optim.Optimizer):
     rule_name: ClassVar[str] = ""
     _step_supports_amp_scaling = True
     _constructed = False
+    _stateless = False
 
     def __init__(self, params: Iterable[Any], rule: str, options: dict[str, Any]) -> None:
         check_options(rule, options)
@@ -110,7 +112,7 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """State by parameter, as in torch.optim; binds."""
-        return self._bind().state if self.param_groups else defaultdict(dict)
+        return self._bind().state if self.param_groups and not self._stateless else defaultdict(dict)
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -278,12 +280,19 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's. Collective where states live with owners of sharded parameters (SOAP under FSDP2), or where
-        some rank's shard is too small to know a statistic (Adafactor under FSDP2).
+        some rank's shard is too small to know a statistic (Adafactor under FSDP2). Without states, and without binding,
+        where nothing was bound and parameters are plain tensors, which may yet be sharded.
 
         Raises:
             ValueError: states are partitioned over replicas (`process_group`), so that no single rank can have them;
                 names the native checkpoint.
         """
+        if self._is_fresh():
+            self._stateless = True
+            try:
+                return super().state_dict()
+            finally:
+                self._stateless = False
         bound = self._bind()
         live, bound.state = bound.state, bound.snapshot()
         try:
@@ -306,7 +315,11 @@ class Optimizer(torch.optim.Optimizer):
                 group.get("maximize", self.engine["maximize"]) == self.engine["maximize"],
                 f"the state dict was saved with maximize={group.get('maximize')}; construct the optimizer with it",
             )
-        self._bind().load(self.param_groups, state_dict)
+        if self._is_fresh() and not state_dict["state"]:
+            names = [group.get("param_names") for group in strip_groups(self.param_groups)]
+            load_groups(self.param_groups, names, strip_groups(state_dict["param_groups"]))
+        else:
+            self._bind().load(self.param_groups, state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -337,6 +350,14 @@ class Optimizer(torch.optim.Optimizer):
                 self._pending = None
             self._bound = bound
         return self._bound
+
+    def _is_fresh(self) -> bool:
+        """Whether nothing was bound and parameters are plain tensors. Trainers save and load an optimizer before they
+        shard its parameters: nothing is allocated for that."""
+        if self._bound is not None or self._pending is not None:
+            return False
+        params = (param for group in self.param_groups for param in group["params"])
+        return not any(isinstance(param, DTensor) or getattr(param, "_distopt_flat", None) for param in params)
 
     def attach_model(self, model: Callable[[], torch.nn.Module | None]) -> None:
         """Remember the model (by a weak reference) whose parameters these are, so that they are found again, by name,

@@ -44,16 +44,12 @@ def load_state_dict(
         ValueError: what is missing, unexpected, or of another shape, dtype or mesh. Nothing has been changed.
     """
     saved_groups = saved["param_groups"]
-    if len(saved_groups) != len(groups):
-        raise ValueError(f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(groups)}")
+    _check_groups(groups, saved_groups)
     writes: list[Write] = []
     travelling: list[dict[int, dict[str, Tensor]]] = []
     counted: list[list[int]] = []
     for number, (group, saved_group) in enumerate(zip(groups, saved_groups)):
         order = match_parameters(number, names[number], saved_group, named=group.get("param_names") is not None)
-        if saved_group.get("rule", group["rule"]) != group["rule"]:
-            raise ValueError(f"group {number} was saved by rule {saved_group['rule']!r}, here it is {group['rule']!r}")
-        check_reading(number, group, saved_group)
         values: dict[int, dict[str, Tensor]] = {}
         ages = list(counters[number].ages)
         for position, index in enumerate(order):
@@ -77,8 +73,36 @@ def load_state_dict(
     for group_faces, values in zip(faces, travelling):
         if values:
             group_faces.read(values)
-    for group, saved_group, counter, ages in zip(groups, saved_groups, counters, counted):
+    for counter, ages in zip(counters, counted):
         counter.assign(ages)
+    _take_over(groups, saved_groups)
+
+
+def load_groups(
+    groups: list[dict[str, Any]], names: list[list[str] | None], saved_groups: list[dict[str, Any]]
+) -> None:
+    """Load the hyperparameters of a state dict without states; `names` are None for bare tensors.
+
+    Raises:
+        ValueError: other groups, rules or parameters.
+    """
+    _check_groups(groups, saved_groups)
+    for number, (group, given, saved_group) in enumerate(zip(groups, names, saved_groups)):
+        match_parameters(number, given or [""] * len(group["params"]), saved_group, named=given is not None)
+    _take_over(groups, saved_groups)
+
+
+def _check_groups(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
+    if len(saved_groups) != len(groups):
+        raise ValueError(f"the state dict has {len(saved_groups)} parameter groups, the optimizer {len(groups)}")
+    for number, (group, saved_group) in enumerate(zip(groups, saved_groups)):
+        if saved_group.get("rule", group["rule"]) != group["rule"]:
+            raise ValueError(f"group {number} was saved by rule {saved_group['rule']!r}, here it is {group['rule']!r}")
+        check_reading(number, group, saved_group)
+
+
+def _take_over(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
+    for group, saved_group in zip(groups, saved_groups):
         # Whatever the codec that it was saved under, it loads into this one's.
         kept = {k: group[k] for k in group if k in ("params", "param_names", "rule") or k.endswith("_codec")}
         # Schedulers keep numbers of theirs in groups; everything comes back but what has no meaning here.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ def create_optimizer(
     weight_decay: float = 0.0,
     rest: str = "adamw",
     rest_options: dict[str, Any] | None = None,
+    select: Callable[[str], bool] | None = None,
     **options: Any,
 ) -> Optimizer:
     """Build an optimizer for a model, each parameter with the rule that its role asks for.
@@ -54,19 +55,28 @@ def create_optimizer(
         lr, weight_decay: of all groups, unless `rest_options` says otherwise.
         rest: the rule for what a matrix rule does not take.
         rest_options: that rule's options.
+        select: whether a matrix rule takes the weight of this name, of those that it could take; all of them by default.
         options: the rule's options, and the keyword-only ones that all optimizers have.
 
     Returns:
         The optimizer; `.routing` explains, parameter by parameter.
 
     Raises:
-        ValueError: no parameter is for the matrix rule, or an option or name is not known.
+        ValueError: no parameter is for the matrix rule, `select` is given to another one, or an option or name is not
+            known.
     """
     if name in DRIVERS:
         return _create_driver(name, model, lr, weight_decay, options)
     engine = {key: options.pop(key) for key in list(options) if key in ENGINE_OPTIONS}
     groups, own, routing = parameter_groups(
-        name, model, lr=lr, weight_decay=weight_decay, rest=rest, rest_options=rest_options, **options
+        name,
+        model,
+        lr=lr,
+        weight_decay=weight_decay,
+        rest=rest,
+        rest_options=rest_options,
+        select=select,
+        **options,
     )
     optimizer = optimizer_class(name)(groups, **own, **engine)
     optimizer.attach_model(weakref.ref(model))
@@ -94,6 +104,7 @@ def parameter_groups(
     weight_decay: float = 0.0,
     rest: str = "adamw",
     rest_options: dict[str, Any] | None = None,
+    select: Callable[[str], bool] | None = None,
     **options: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[tuple[str, str, str]]]:
     """What `create_optimizer` makes an optimizer of: its groups, the rule's own options, the routing. The model may be on
@@ -106,6 +117,18 @@ def parameter_groups(
     matrix = rule.reach == "matrix"
     declare_fsdp1(model)
     routes = list(_routes(model))
+    if select is not None:
+        if not matrix:
+            raise ValueError(f"select has no meaning for {name}, which takes every parameter; leave it out")
+        if not any(route.hidden and select(route.name) for route in routes):
+            takes = [route.name for route in routes if route.hidden]
+            raise ValueError(f"select chooses none of the weights that {name} could take, such as {takes[:5]}")
+        routes = [
+            replace(route, hidden=False, why=f"{route.why}, not selected")
+            if route.hidden and not select(route.name)
+            else route
+            for route in routes
+        ]
     if matrix and not any(route.hidden for route in routes):
         raise ValueError(
             f"no parameter of this {type(model).__name__} is for {name}: it takes the weights of hidden linear layers; "
@@ -117,6 +140,11 @@ def parameter_groups(
     known = {f.name for f in fields(rule)}
     own = {key: value for key, value in own.items() if key in known or key in options}
     other = {"rule": rest, "lr": lr, "weight_decay": weight_decay, **(rest_options or {})} if matrix else {}
+    without_decay = {each for each in (name, *([rest] if matrix else [])) if not _has(each, "weight_decay")}
+    if rest in without_decay:
+        other.pop("weight_decay", None)
+    if weight_decay and without_decay:
+        warnings.warn(f"weight_decay={weight_decay} is ignored by {', '.join(sorted(without_decay))}", stacklevel=3)
     groups = []
     for hidden in (True, False):
         for decays in (True, False):
@@ -124,7 +152,7 @@ def parameter_groups(
             if chosen:
                 group: dict[str, Any] = {"params": [(route.name, route.param) for route in chosen]}
                 group.update({} if hidden else other)
-                if not decays and "weight_decay" in {f.name for f in fields(rule_class(group.get("rule", name)))}:
+                if not decays and (name if hidden else rest) not in without_decay:
                     group["weight_decay"] = 0.0
                 groups.append(group)
     return groups, own, [(route.name, name if route.hidden or not matrix else rest, route.why) for route in routes]
@@ -152,6 +180,10 @@ def _nobody() -> None:
     return None
 
 
+def _has(rule: str, option: str) -> bool:
+    return any(f.name == option for f in fields(rule_class(rule)))
+
+
 def _routes(model: nn.Module) -> Iterator[Route]:
     """Every trainable parameter once, with its role."""
     heads = _output_modules(model)
@@ -168,7 +200,7 @@ def _routes(model: nn.Module) -> Iterator[Route]:
             words = leaf.split("_")
             shape = global_shape(param)
             if id(param) in embeddings or "embed" in leaf or {"pos", "token", "cls"} & set(words):
-                yield Route(name, param, False, len(shape) > 1, "embedding")
+                yield Route(name, param, False, len(shape) > 1 and "bias" not in name, "embedding")
             elif "Norm" in type(module).__name__ or "bias" in words:
                 yield Route(name, param, False, False, "norm or bias")
             elif id(module) in heads or (path and (path[0] in HEADS or path[-1] in HEADS)):

@@ -65,7 +65,7 @@ class Bound:
         self.union, self.norm = self.domains[tuple(union)], self.domains[norm]
 
         rules = [group_rule(group) for group in groups]
-        self._stored = [{name: group[name] for name in STORAGE_OPTIONS} for group in groups]
+        self._stored = [{name: group[name] for name in (*STORAGE_OPTIONS, "strategy")} for group in groups]
         self._readings = _readings(groups)
         self._agree(rules, layouts, engine)
         self.groups: list[BoundGroup | BoundElementwise] = []
@@ -77,9 +77,8 @@ class Bound:
                 Spec(self.names[i], layouts[i], layouts[i].ranks.index(self.rank), self.params[i].element_size())
                 for i in range(start, stop)
             )
-            plan = plan_group(
-                Group(rule, specs, replicas, self.device.type != "cpu", group_storage(group), group["split"]), self.rank
-            )
+            gpu, storage = self.device.type != "cpu", group_storage(group)
+            plan = plan_group(Group(rule, specs, replicas, gpu, storage, group["split"], group["strategy"]), self.rank)
             self.plans.append(plan)
             windows = [make_window(param, spec) for param, spec in zip(self.params[start:stop], plan.specs)]
             make = BoundElementwise if plan.elementwise else BoundGroup

@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distopt.comm.exchange import Exchange, Segment
+from distopt.comm.exchange import Exchange
 from distopt.comm.groups import Domain, Domains
 from distopt.comm.pipeline import Barrier, Run, run_pipelined
 from distopt.comm.reductions import Reductions
+from distopt.comm.routes import routes
+from distopt.comm.sums import Sums
+from distopt.matrix.triangle import pack, unpack
 from distopt.plan.build import IN_FLIGHT, Bucket, GroupPlan, Stack
+from distopt.plan.strategies import Payload, is_tall, sides, slice_work
 from distopt.plan.trace import Ask, Rounds, step_values
-from distopt.rule import Back, Reduction, Rule, Shape, StateView, Whole
+from distopt.rule import Back, Reduction, Rule, Shape, StateView, Through, Whole
 from distopt.state.units import Units
 from distopt.state.windows import Window, allocate_stacks, no_extent, scaled, strided
 
@@ -40,7 +44,8 @@ class BoundBucket:
         self.slabs, self.owned_slabs = allocate_stacks(rule, bucket, windows, pieces, device)
         self.reductions = Reductions(bucket, domain, device)
         self.rounds = rounds
-        self.exchange = _routes(bucket, windows, domain) if bucket.exchanged else None
+        self.routes = routes(bucket, [window.spec.index for window in windows], domain) if bucket.exchanged else None
+        self.sums = Sums(domain, [tuple(home.rank for home in entry.homes) for entry in bucket.entries])
 
     def run(
         self,
@@ -137,12 +142,14 @@ class BoundBucket:
             if ask.scope == "optimizer":
                 total = yield Barrier(self._partial(ask, column, inert, share), "max" if ask.kind == "max" else "sum")
                 found_all = [total.view(1, 1, 1)] * len(requests)
-            elif self.exchange is None:
+            elif ask.kind == "through":
+                found_all = yield from self._through(column)
+            elif self.routes is None:
                 found_all = [_settled(request.x) for request in column]
             elif ask.kind == "whole":
-                found_all = yield from self._whole(self.exchange, column, ask.dtype)
+                found_all = yield from self._whole(self.routes[0], column, ask.dtype)
             else:
-                found_all = yield from self._back(self.exchange, column, ask.dtype)
+                found_all = yield from self._back(self.routes[1], column, ask.dtype)
             for i, value in enumerate(found_all):
                 answers[i][q] = value
         return answers
@@ -151,10 +158,50 @@ class BoundBucket:
         bucket = self.bucket
         sources = [request.x for request in column[: len(bucket.stacks)]]
         sample = torch.empty(0, dtype=dtype, device=self.device)
-        targets = [sample.new_empty((len(o.entries), o.shape.rows, o.shape.cols)) for o in bucket.owned]
+        targets = [sample.new_empty(owned.size) for owned in bucket.owned]
         yield from exchange.forward(sources, targets, sample)
         nothing = [sample.new_empty((0, stack.shape.rows, stack.shape.cols)) for stack in bucket.stacks]
         return nothing + targets
+
+    def _through(self, column: list[Through]) -> Generator[Any, Any, list[Tensor]]:
+        """Of whole matrices at once; of slices in step, over the rounds of sums that the transform asks for."""
+        bucket, pieces = self.bucket, len(self.bucket.stacks)
+        if not bucket.sliced:
+            return [request.transform(request.x) for request in column]
+        payloads = [slice_work(column[0].transform, sides(entry.shape)[0], 1)[1] for entry in bucket.entries]
+        runs = [
+            request.transform.by_slices(request.x.mT if is_tall(owned.shape) else request.x)
+            for request, owned in zip(column[pieces:], bucket.owned)
+        ]
+        partials = [next(run) for run in runs]
+        found: list[Tensor] = []
+        for number in range(len(payloads[0])):
+            sums = yield from self._summed(partials, [rounds[number] for rounds in payloads])
+            partials = []
+            for run, total in zip(runs, sums):
+                try:
+                    partials.append(run.send(total))
+                except StopIteration as end:
+                    found.append(end.value)
+        assert len(found) == len(runs)
+        slices = [x.mT if is_tall(owned.shape) else x for x, owned in zip(found, bucket.owned)]
+        return [request.x for request in column[:pieces]] + slices
+
+    def _summed(self, partials: list[Tensor], payloads: list[Payload]) -> Generator[Any, Any, list[Tensor]]:
+        """Sums of the stacks (k, n, n) or (k, 1, 1) that each stack of slices has."""
+        packed = [pack(partial).flatten(1) for partial in partials]
+        mine = {
+            number: flat
+            for owned, stack in zip(self.bucket.owned, packed)
+            for number, flat in zip(owned.entries, stack)
+        }
+        like = torch.empty(0, dtype=payloads[0].dtype, device=self.device)
+        sums = yield from self.sums.add(payloads, dict(sorted(mine.items())), like)
+        totals = []
+        for owned, partial in zip(self.bucket.owned, partials):
+            found = [sums[number].view(-1, partial.shape[-1]) for number in owned.entries]
+            totals.append(unpack(torch.stack(found)) if found else partial)
+        return totals
 
     def _back(self, exchange: Exchange, column: list[Back], dtype: torch.dtype) -> Generator[Any, Any, list[Tensor]]:
         bucket = self.bucket
@@ -189,27 +236,6 @@ class BoundBucket:
             for name, new in view.new.items():
                 if slabs.kinds[name] == "owner":
                     _write(slabs.tensors[name], new, kept)
-
-
-def _routes(bucket: Bucket, windows: list[Window], domain: Domain) -> Exchange:
-    """Where every piece of this rank goes, and where every piece of the matrices owned here comes from."""
-    pieces: list[list[Segment]] = [[] for _ in range(domain.size)]
-    owned: list[list[Segment]] = [[] for _ in range(domain.size)]
-    place = {(p.entry, p.rect): (s, i) for s, stack in enumerate(bucket.stacks) for i, p in enumerate(stack.pieces)}
-    home = {number: (s, i) for s, group in enumerate(bucket.owned) for i, number in enumerate(group.entries)}
-    for number, entry in enumerate(bucket.entries):
-        assert entry.owner is not None
-        layout_ranks = entry.geometry.layout.ranks
-        for rect in entry.geometry.pieces_of(windows[entry.param].spec.index, entry.matrix):
-            s, i = place[number, rect]
-            pieces[entry.owner].append(Segment(s, i, 0, rect.r1 - rect.r0, 0, rect.c1 - rect.c0))
-        if entry.owner == domain.me:
-            s, i = home[number]
-            for index, rank in enumerate(layout_ranks):
-                peer = domain.ranks.index(rank)
-                for rect in entry.geometry.pieces_of(index, entry.matrix):
-                    owned[peer].append(Segment(s, i, rect.r0, rect.r1, rect.c0, rect.c1))
-    return Exchange(domain, pieces, owned)
 
 
 def _settled(matrices: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from distopt.layouts import global_shape
 from distopt.observation import observe
 from distopt.plan.build import check_served
 from distopt.plan.report import PlanReport
+from distopt.plan.strategies import check_strategy
 from distopt.rule import require
 from distopt.rules import group_rule, rule_class
 from distopt.state.codecs import STORAGE_OPTIONS, group_storage
@@ -33,7 +34,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "norm_group": None,
     "maximize": False,
 }
-GROUP_OPTIONS: dict[str, Any] = {"split": None}
+GROUP_OPTIONS: dict[str, Any] = {**STORAGE_OPTIONS, "split": None, "strategy": "auto"}
 """Options of a group beside its rule's."""
 TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused")
 BOOKKEEPING = {"params", "param_names", "rule", "initial_lr", "train_mode"}
@@ -65,6 +66,10 @@ class Optimizer(torch.optim.Optimizer):
             the parameter does, or are matrices, of parameters of 1,024 elements or more; all layouts store the same codes.
             State dicts and checkpoints hold fp32 and load under any codec; under the same one nothing is lost.
         rounding_seed: of stochastic rounding, whose random bits depend on it, the step, the state and the element.
+        strategy: where matrices that no rank holds whole are computed. "auto" lets a cost model choose; "owner" (each by
+            one rank), "gather" (by every rank), "gram" (by all that hold some of it, which sum Gram matrices: rounding
+            differs, 1e-4) and "split" (so by a few) are described in `distopt.plan.strategies`. Groups of another rule
+            have "auto".
 
     The layout of parameters is read, and states are made, on the first of step, state, state_dict, load_state_dict and
     plan ("bind"): shard the model before that. Bind is collective where parameters are sharded.
@@ -102,9 +107,9 @@ class Optimizer(torch.optim.Optimizer):
         self._pending: dict[str, Any] | None = None
         self.stepper: Any = None
         self._shapes: set[tuple[int, ...]] = set()
-        hyper = {name: options[name] for name in _defaults(rule) if name in options}
-        stored = {name: options.get(name, default) for name, default in STORAGE_OPTIONS.items()}
-        super().__init__(params, {"rule": rule, **_defaults(rule), **hyper, **stored})
+        hyper = {f.name: options[f.name] for f in fields(rule_class(rule)) if f.name in options}
+        shared = {name: options.get(name, default) for name, default in GROUP_OPTIONS.items()}
+        super().__init__(params, {"rule": rule, **_defaults(rule), **hyper, **shared})
         parameter_names(self.param_groups)
         self._constructed = True
 
@@ -143,7 +148,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         group = dict(param_group)
         name = group.setdefault("rule", self.defaults["rule"])
-        allowed = {f.name for f in fields(rule_class(name))} | GROUP_OPTIONS.keys() | STORAGE_OPTIONS.keys()
+        allowed = {f.name for f in fields(rule_class(name))} | GROUP_OPTIONS.keys()
         for key in group.keys() - allowed - BOOKKEEPING - set(TORCH_OPTIONS):
             near = get_close_matches(key, sorted(allowed), n=1)
             raise ValueError(
@@ -153,7 +158,7 @@ class Optimizer(torch.optim.Optimizer):
             shared: dict[str, Any] = {
                 key: self.defaults[key] for key in ("lr", "weight_decay") if key in allowed and key in self.defaults
             }
-            group = {**_defaults(name), **shared, **group}
+            group = {**_defaults(name), "split": None, "strategy": "auto", **shared, **group}
         if rule_class(name).modes:
             group.setdefault("train_mode", True)
         before = self.defaults
@@ -384,12 +389,12 @@ class _Engine(dict[str, Any]):
 
 
 def _defaults(rule: str) -> dict[str, Any]:
-    return {**{f.name: f.default for f in fields(rule_class(rule)) if f.default is not MISSING}, **GROUP_OPTIONS}
+    return {f.name: f.default for f in fields(rule_class(rule)) if f.default is not MISSING}
 
 
 def check_options(rule: str, options: Iterable[str]) -> None:
     """Raise TypeError for the name of an option that neither the rule nor the engine has."""
-    known = [f.name for f in fields(rule_class(rule))] + [*GROUP_OPTIONS, *ENGINE_OPTIONS, *STORAGE_OPTIONS]
+    known = [f.name for f in fields(rule_class(rule))] + [*ENGINE_OPTIONS, *GROUP_OPTIONS]
     for name in sorted(set(options) - set(known) - set(TORCH_OPTIONS)):
         near = get_close_matches(name, known, n=1)
         raise TypeError(f"{rule} has no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
@@ -410,6 +415,7 @@ def _check_shapes(groups: list[dict[str, Any]], known: set[tuple[int, ...]]) -> 
 def _check_group(group: dict[str, Any], position: int) -> None:
     rule = group_rule(group)
     group_storage(group)
+    check_strategy(rule, group["strategy"])
     names = group.get("param_names") or [f"group {position} parameter {i}" for i in range(len(group["params"]))]
     if group["split"] and rule.reach == "elementwise":
         warnings.warn(f"split={group['split']!r} is ignored: {group['rule']} sees no matrices", stacklevel=5)
@@ -453,12 +459,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
     for f in fields(rule):
         kind = Parameter.KEYWORD_ONLY if f.kw_only else Parameter.POSITIONAL_OR_KEYWORD
         (keyword_only if f.kw_only else parameters).append(Parameter(f.name, kind, default=f.default))
-    for option, default in {
-        **GROUP_OPTIONS,
-        **ENGINE_OPTIONS,
-        **STORAGE_OPTIONS,
-        **dict.fromkeys(TORCH_OPTIONS),
-    }.items():
+    for option, default in {**ENGINE_OPTIONS, **GROUP_OPTIONS, **dict.fromkeys(TORCH_OPTIONS)}.items():
         keyword_only.append(Parameter(option, Parameter.KEYWORD_ONLY, default=default))
     signature = Signature(parameters + keyword_only)
 

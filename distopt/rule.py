@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -67,7 +67,30 @@ class Back:
     x: Tensor
 
 
-Request = Reduction | Whole | Back
+class Transform(Protocol):
+    """A function of matrices that can also be computed from slices of them, because Gram matrices and other sums are all
+    that it needs of the rest. Hashable: a frozen dataclass of its options."""
+
+    def __hash__(self) -> int: ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of whole matrices (k, rows, cols)."""
+
+    def by_slices(self, x: Tensor) -> Generator[Tensor, Tensor, Tensor]:
+        """Of one slice (k, short side, part of the long side) of each matrix: yields what is to be summed over the
+        slices of each matrix, numbers (k, 1, 1) or symmetric matrices (k, n, n), and is sent the sums."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Through:
+    """Ask for `transform(x)`, between `Whole` and `Back`. A rule that asks for nothing else there, and else does only what
+    is elementwise there, need not have a matrix in one place: `Whole` may then answer with slices of the long side."""
+
+    x: Tensor
+    transform: Transform
+
+
+Request = Reduction | Whole | Through | Back
 Update = Generator[Any, Any, Tensor]
 
 

@@ -1,4 +1,4 @@
-"""The packed exchange: pieces to owners and results back, one all-to-all each way per bucket."""
+"""The packed exchange: pieces to whoever computes them and results back, one all-to-all each way per bucket."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ class Segment:
 @dataclass(frozen=True)
 class Exchange:
     """One bucket's routes. `pieces[peer]` are this rank's rectangles of matrices that `peer` owns, `owned[peer]` the
-    rectangles of this rank's own matrices that `peer` holds; both sides list them in the same order."""
+    rectangles of this rank's own matrices that `peer` holds; both sides list them in the same order. `travels` is False
+    where, on all ranks, nothing has another peer than the rank itself."""
 
     domain: Domain
     pieces: list[list[Segment]]
     owned: list[list[Segment]]
+    travels: bool = True
 
     def forward(self, sources: list[Tensor], targets: list[Tensor], like: Tensor) -> Iterator[dist.Work]:
         """Pieces to owners: from stacks of pieces into stacks of whole matrices. `like` has the dtype on the wire."""
@@ -67,6 +69,9 @@ class Exchange:
         like: Tensor,
     ) -> Iterator[dist.Work]:
         me = self.domain.me
+        if not self.travels:
+            self._stay(sources, targets, out, into)
+            return
         send_sizes = [sum(s.numel for s in side) if peer != me else 0 for peer, side in enumerate(out)]
         receive_sizes = [sum(s.numel for s in side) if peer != me else 0 for peer, side in enumerate(into)]
         sent = like.new_empty(sum(send_sizes))
@@ -75,13 +80,19 @@ class Exchange:
         if there:
             torch._foreach_copy_(_unpack(sent, there), there)
         work = self.domain.all_to_all(received, sent, receive_sizes, send_sizes)
-        if out[me]:
-            torch._foreach_copy_([s.view(targets) for s in into[me]], [s.view(sources) for s in out[me]])
+        self._stay(sources, targets, out, into)
         if work is not None:
             yield work
         here = [s.view(targets) for peer, side in enumerate(into) if peer != me for s in side]
         if here:
             torch._foreach_copy_(here, _unpack(received, here))
+
+    def _stay(
+        self, sources: list[Tensor], targets: list[Tensor], out: list[list[Segment]], into: list[list[Segment]]
+    ) -> None:
+        me = self.domain.me
+        if out[me]:
+            torch._foreach_copy_([s.view(targets) for s in into[me]], [s.view(sources) for s in out[me]])
 
 
 def _unpack(buffer: Tensor, like: list[Tensor]) -> list[Tensor]:

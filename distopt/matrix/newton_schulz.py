@@ -18,7 +18,8 @@ Methods:
 All work on the wide orientation: a tall matrix is read as its transpose, without a copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise, repeat
 from typing import Literal, get_args
 
@@ -109,11 +110,8 @@ def orthogonalize(
     rows, cols = x.shape[-2:]
     tall = rows > cols
     if symmetric is None:
-        symmetric = on_cpu and min(rows, cols) >= _TRIANGLE_ROWS_CPU
-    if method == "polar_express":
-        schedule, safety = polar_express_coefficients(steps), _POLAR_EXPRESS_SAFETY
-    else:
-        schedule, safety = [coefficients] * steps, 1.0
+        symmetric = _by_triangles(x)
+    schedule, safety = _schedule(method, steps, coefficients)
     by_gram = method == "gram" and gram_wins(rows, cols, steps)
     iterate = _iterate_by_gram if by_gram else _iterate
     updates = len(gram_segments(schedule)) if by_gram else steps
@@ -197,6 +195,52 @@ def gram_transform(gram: Tensor, schedule: Sequence[Coefficients], *, symmetric:
             half = _symmetric_product(gram, poly, symmetric, add=gram, beta=a)
             gram = _symmetric_product(poly, half, symmetric, add=half, beta=a)
     return transform
+
+
+@dataclass(frozen=True)
+class Orthogonalize:
+    """`orthogonalize` with its options: of whole matrices by calling it, or of slices of them that lie apart."""
+
+    method: Method = "quintic"
+    steps: int = 5
+    coefficients: Coefficients = MUON_COEFFICIENTS
+    eps: float = 1e-7
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(k, rows, cols) of whole matrices."""
+        return orthogonalize(
+            x, method=self.method, steps=self.steps, coefficients=self.coefficients, eps=self.eps, dtype=self.dtype
+        )
+
+    @torch.no_grad()
+    def by_slices(self, x: Tensor) -> Generator[Tensor, Tensor, Tensor]:
+        """The same in the Gram form, whatever the method's own: from a slice (k, short, part of long) of each matrix.
+
+        Yields what has to be summed over the slices of each matrix, and is sent the sums: the sum of squares
+        (k, 1, 1), then a Gram matrix (k, short, short) per segment. Returns the slice of the result.
+        """
+        schedule, safety = _schedule(self.method, self.steps, self.coefficients)
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+        norm = (yield norm.square()).sqrt().clamp(min=self.eps) * safety
+        shrink = torch.where(norm > _LARGE_ENTRY, _SHRINK, 1.0)  # the norm may be beyond float32
+        x = (x * shrink.float() / (norm * shrink).float()).to(self.dtype)
+        for segment in gram_segments(schedule):
+            gram = yield x @ x.mT
+            x = gram_transform(gram, segment, symmetric=_by_triangles(gram)) @ x
+        return x
+
+
+def _schedule(method: Method, steps: int, coefficients: Coefficients) -> tuple[list[Coefficients], float]:
+    """The triple of each step, and what the norm is multiplied by first."""
+    if method == "polar_express":
+        return polar_express_coefficients(steps), _POLAR_EXPRESS_SAFETY
+    return [coefficients] * steps, 1.0
+
+
+def _by_triangles(x: Tensor) -> bool:
+    """Whether one triangle of a symmetric product is faster. Never on meta tensors: FLOPs are counted in full."""
+    return x.device.type == "cpu" and min(x.shape[-2:]) >= _TRIANGLE_ROWS_CPU
 
 
 def _gram_flops(short: int, long: int, steps: int) -> int:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from distopt.layouts.base import Layout, Partition
 from distopt.layouts.region import Rect
+from distopt.plan.choose import FLOPS, Chooser, Item, Loads, cost
+from distopt.plan.cost import CPU, H100, Rates
 from distopt.plan.geometry import Geometry, Logical, geometry_of, logical_of
 from distopt.plan.owners import Load, assign_owners
+from distopt.plan.strategies import Home, Strategy, check_strategy, held, is_tall
 from distopt.plan.tiles import Storage
 from distopt.plan.trace import Rounds, Trace, trace
 from distopt.rule import Rule, Shape
@@ -48,19 +52,30 @@ class Group:
     gpu: bool = False
     storage: Storage = field(default_factory=Storage)
     split: str | None = None
+    strategy: Strategy = "auto"
+    rates: Rates | None = None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One logical matrix of a bucket. `turns` says when its recurring work is done, `owner` is a position in the bucket's
-    domain."""
+    """One logical matrix of a bucket: when its recurring work is done, and who computes which slices of it."""
 
     param: int
     matrix: int
     shape: Shape
     geometry: Geometry
     turns: tuple[int, ...] = ()
-    owner: int | None = None
+    homes: tuple[Home, ...] = ()
+
+    @property
+    def owner(self) -> int | None:
+        """The first home's position in the bucket's domain; the only one but for matrices that have several."""
+        return self.homes[0].rank if self.homes else None
+
+    @property
+    def cuts(self) -> tuple[tuple[int, int], ...]:
+        """The slices of the long side."""
+        return tuple((home.start, home.stop) for home in self.homes)
 
     @property
     def weight(self) -> tuple[int, int]:
@@ -103,22 +118,54 @@ class Stack:
 
 @dataclass(frozen=True)
 class Owned:
-    """Matrices of one shape, with the same turns, that this rank computes together: indices of entries."""
+    """Matrices of one shape, with the same turns, that this rank computes together, all of each or slices of one length of
+    their long side: indices of entries."""
 
     shape: Shape
     entries: tuple[int, ...]
+    length: int
     turns: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(k, rows, cols) of the stack."""
+        if is_tall(self.shape):
+            return len(self.entries), self.length, self.shape.cols
+        return len(self.entries), self.shape.rows, self.length
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Work moved and computed together. `exchanged` is False where every matrix is computed where it lies."""
+    """Work moved and computed together, by one `strategy`: "in place", or one of `plan.strategies`."""
 
     ranks: tuple[int, ...]
     entries: tuple[Entry, ...]
     stacks: tuple[Stack, ...]
     owned: tuple[Owned, ...]
-    exchanged: bool
+    strategy: str
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether matrices have homes; else each is computed where it lies."""
+        return self.strategy != "in place"
+
+    @property
+    def sliced(self) -> bool:
+        """Whether matrices have several homes, each with a slice."""
+        return self.strategy in ("gram", "split")
+
+    @property
+    def travels(self) -> bool:
+        """Whether any element of any rank lies elsewhere than at its matrix's home."""
+        if self.strategy != "gram":
+            return self.exchanged
+        for entry in self.entries:
+            ranks = entry.geometry.layout.ranks
+            there = held(entry.geometry, entry.matrix, entry.cuts)
+            for number, home in enumerate(entry.homes):
+                if there[ranks.index(self.ranks[home.rank]), number] < there[:, number].sum():
+                    return True
+        return False
 
 
 @dataclass
@@ -131,10 +178,15 @@ class GroupPlan:
     storage: Storage = field(default_factory=Storage)
     split: str | None = None
     buckets: list[Bucket] = field(default_factory=list)
-    loads: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
-    """Per domain, FLOPs per step and rank of the matrices that have an owner."""
+    costs: dict[tuple[int, ...], Loads] = field(default_factory=dict)
+    """Per domain, what each rank does per step for the matrices that are computed there."""
     homes: dict[tuple[int, ...], list[Entry]] = field(default_factory=dict)
     """Per domain, every matrix of every rank with its owner."""
+
+    @property
+    def loads(self) -> dict[tuple[int, ...], np.ndarray]:
+        """Per domain, FLOPs per step and rank."""
+        return {ranks: costs[FLOPS] for ranks, costs in self.costs.items()}
 
     @property
     def elementwise(self) -> bool:
@@ -160,9 +212,11 @@ def plan_group(group: Group, rank: int) -> GroupPlan:
     """Plan one group for one rank.
 
     Raises:
-        ValueError: a parameter that the rule cannot serve, named, with the remedy.
+        ValueError: a parameter that the rule cannot serve, named, with the remedy; a strategy that it cannot be computed
+            with.
     """
     rule = group.rule
+    check_strategy(rule, group.strategy)
     for spec in group.specs:
         check_served(spec.name, spec.layout.shape, rule, group.split)
     specs = group.specs
@@ -186,10 +240,10 @@ def plan_group(group: Group, rank: int) -> GroupPlan:
         # Only matrices that ask for the same things, round by round, can advance together.
         for rounds, entries in alike.items():
             if any(ask.kind == "whole" for asks in rounds[0] for ask in asks):
-                plan.buckets += _matrix_buckets(plan, ranks, entries, rank)
+                plan.buckets += _matrix_buckets(plan, group, ranks, entries, rank)
             else:
                 chunks = _chunks(entries, len(ranks), together=True)
-                plan.buckets += [_bucket(specs, rule, ranks, chunk, rank, exchanged=False) for chunk in chunks]
+                plan.buckets += [_bucket(specs, rule, ranks, chunk, rank, "in place") for chunk in chunks]
     return plan
 
 
@@ -254,20 +308,30 @@ def partition_replicas(group: Group, ranks: tuple[int, ...], me: int) -> tuple[S
     return tuple(out)
 
 
+def matrix_work(rule: Rule, shape: Shape, gpu: bool) -> dict[str, float]:
+    """FLOPs per step at the owner of a matrix of this shape by kind, averaged over phases; elements where nothing is
+    counted."""
+    work: dict[str, float] = defaultdict(float)
+    if shape.numel:
+        for step, share in rule.phases().values():
+            for kind, flops in trace(rule, shape, step, gpu).work:
+                work[kind] += share * flops
+    return dict(work) or {"float32": float(shape.numel)}
+
+
 def matrix_cost(rule: Rule, shape: Shape, gpu: bool) -> float:
-    """FLOPs per step at the owner of a matrix of this shape, averaged over phases; elements where nothing is counted."""
-    if not shape.numel:
-        return 0.0
-    return sum(share * trace(rule, shape, step, gpu).flops for step, share in rule.phases().values()) or float(
-        shape.numel
-    )
+    """The sum of `matrix_work`."""
+    return sum(matrix_work(rule, shape, gpu).values())
 
 
-def _matrix_buckets(plan: GroupPlan, ranks: tuple[int, ...], entries: list[Entry], rank: int) -> Iterator[Bucket]:
-    """Matrices that lie whole on one rank are computed there; the others get owners."""
+def _matrix_buckets(
+    plan: GroupPlan, group: Group, ranks: tuple[int, ...], entries: list[Entry], rank: int
+) -> Iterator[Bucket]:
+    """Matrices that lie whole on one rank are computed there; the others get homes."""
     rule = plan.rule
-    loads = plan.loads.setdefault(ranks, np.zeros(len(ranks)))
-    elements = np.zeros(len(ranks))
+    rates = group.rates or (H100 if plan.gpu else CPU)
+    busy = plan.costs.setdefault(ranks, np.zeros((3, len(ranks))))
+    work = {shape: matrix_work(rule, shape, plan.gpu) for shape in {entry.shape for entry in entries}}
     placed: list[Entry] = []
     assembled: list[Entry] = []
     travelling: list[Entry] = []
@@ -277,21 +341,28 @@ def _matrix_buckets(plan: GroupPlan, ranks: tuple[int, ...], entries: list[Entry
             travelling.append(entry)
             continue
         owner = ranks.index(entry.geometry.layout.ranks[index])
-        loads[owner] += matrix_cost(rule, entry.shape, plan.gpu)
-        elements[owner] += entry.shape.numel
+        busy[:, owner] += cost(rates, work[entry.shape], 0)
         # Pieces of one matrix that lie apart on one rank are put together by the exchange, which moves nothing then.
-        (assembled if entry.geometry.scattered(entry.matrix) else placed).append(replace(entry, owner=owner))
-    costs = [(matrix_cost(rule, entry.shape, plan.gpu), float(entry.shape.numel)) for entry in travelling]
-    owners = assign_owners(costs, len(ranks), list(zip(loads.tolist(), elements.tolist())))
-    for (cost, _), owner in zip(costs, owners):
-        loads[owner] += cost
-    order = sorted(range(len(travelling)), key=lambda i: (-costs[i][0], -costs[i][1], i))
-    owned = assembled + [replace(travelling[i], owner=owners[i]) for i in order]
-    plan.homes.setdefault(ranks, []).extend(placed + owned)
-    for chunk in _chunks([entry for entry in placed if ranks[entry.owner] == rank], 1):  # type: ignore[index]
-        yield _bucket(plan.specs, rule, ranks, chunk, rank, exchanged=False)
-    for chunk in _chunks(owned, len(ranks)):
-        yield _bucket(plan.specs, rule, ranks, chunk, rank, exchanged=True)
+        found = assembled if entry.geometry.scattered(entry.matrix) else placed
+        found.append(replace(entry, homes=(Home(owner, 0, max(entry.shape.rows, entry.shape.cols)),)))
+    plan.homes.setdefault(ranks, []).extend(placed + assembled)
+    for chunk in _chunks([entry for entry in placed if ranks[entry.homes[0].rank] == rank], 1):
+        yield _bucket(plan.specs, rule, ranks, chunk, rank, "in place")
+    for chunk in _chunks(assembled, len(ranks)):
+        yield _bucket(plan.specs, rule, ranks, chunk, rank, "owner")
+    if not travelling:
+        return
+    positions = {layout: tuple(map(ranks.index, layout)) for layout in {e.geometry.layout.ranks for e in travelling}}
+    items = [Item(e.geometry, e.matrix, work[e.shape], positions[e.geometry.layout.ranks]) for e in travelling]
+    choice = Chooser(rule, items, ranks, plan.rounds(entries[0].shape), busy, rates).choose(group.strategy)
+    plan.costs[ranks] = choice.loads
+    weights = [sum(item.work.values()) for item in items]
+    order = sorted(range(len(items)), key=lambda i: (choice.strategies[i], -weights[i], -items[i].shape.numel, i))
+    for strategy, numbers in groupby(order, key=lambda i: choice.strategies[i]):
+        homed = [replace(travelling[i], homes=choice.homes[i]) for i in numbers]
+        plan.homes[ranks] += homed
+        for chunk in _chunks(homed, 1 if strategy == "gather" else len(ranks)):
+            yield _bucket(plan.specs, rule, ranks, chunk, rank, strategy)
 
 
 def _chunks(entries: list[Entry], ranks: int, *, together: bool = False) -> Iterator[list[Entry]]:
@@ -311,7 +382,7 @@ def _chunks(entries: list[Entry], ranks: int, *, together: bool = False) -> Iter
 
 
 def _bucket(
-    specs: Sequence[Spec], rule: Rule, ranks: tuple[int, ...], entries: list[Entry], rank: int, *, exchanged: bool
+    specs: Sequence[Spec], rule: Rule, ranks: tuple[int, ...], entries: list[Entry], rank: int, strategy: str
 ) -> Bucket:
     alike: dict[tuple[Shape, tuple[int, ...], int, int, int, int, Any], list[Piece]] = defaultdict(list)
     for number, entry in enumerate(entries):
@@ -330,16 +401,19 @@ def _bucket(
         limit = stack_limit(rule, shape) if together else 1
         stacks += [Stack(shape, tuple(pieces[i : i + limit]), turns) for i in range(0, len(pieces), limit)]
     owned = []
-    if exchanged:
+    if strategy != "in place":
         me = ranks.index(rank)
-        by_shape: dict[tuple[Shape, tuple[int, ...]], list[int]] = defaultdict(list)
+        same: dict[tuple[Shape, int, tuple[int, ...]], list[int]] = defaultdict(list)
         for number, entry in enumerate(entries):
-            if entry.owner == me:
-                by_shape[entry.shape, entry.turns].append(number)
-        for (shape, turns), numbers in by_shape.items():
+            for home in entry.homes:
+                if home.rank == me:
+                    same[entry.shape, home.stop - home.start, entry.turns].append(number)
+        for (shape, length, turns), numbers in same.items():
             limit = stack_limit(rule, shape)
-            owned += [Owned(shape, tuple(numbers[i : i + limit]), turns) for i in range(0, len(numbers), limit)]
-    return Bucket(ranks, tuple(entries), tuple(stacks), tuple(owned), exchanged)
+            owned += [Owned(shape, tuple(numbers[i : i + limit]), length, turns) for i in range(0, len(numbers), limit)]
+        if not owned and not stacks:  # a rank with nothing takes part in the sums, and asks the rule how many
+            owned = [Owned(entries[0].shape, (), 1)]
+    return Bucket(ranks, tuple(entries), tuple(stacks), tuple(owned), strategy)
 
 
 def _places(specs: Sequence[Spec], entries: Sequence[Entry], piece: Piece) -> dict[int, int]:

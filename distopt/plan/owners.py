@@ -8,22 +8,30 @@ from collections.abc import Sequence
 Load = tuple[float, float]
 
 
-def assign_owners(costs: Sequence[Load], ranks: int, busy: Sequence[Load] | None = None) -> list[int]:
-    """Longest processing time first: give each item, heaviest first, to the least loaded rank.
+def assign_owners(costs: Sequence[Load], ranks: int) -> list[int]:
+    """Longest processing time first: give each item, heaviest first, to the least loaded of so many ranks; see
+    `assign_homes`."""
+    return [rank for (rank,) in assign_homes(costs, [1] * len(costs), [(0.0, 0.0)] * ranks)]
+
+
+def assign_homes(costs: Sequence[Load], counts: Sequence[int], busy: Sequence[Load]) -> list[tuple[int, ...]]:
+    """Give each item, heaviest first, to as many of the least loaded ranks as it wants.
 
     Args:
-        costs: (cost, elements) per item; elements break ties, so that equal work also means equal bytes.
-        ranks: how many there are to choose from.
+        costs: (cost, bytes) per item, for each of the ranks it goes to; bytes break ties, so that equal work also means
+            equal bytes.
+        counts: how many ranks each item goes to.
         busy: load that each rank has already.
 
     Returns:
-        The rank per item. The order of equal items is theirs, so the result is the same everywhere.
+        The ranks per item, ascending. The order of equal items is theirs, so the result is the same everywhere.
     """
-    heap = [(*(busy[rank] if busy else (0.0, 0.0)), rank) for rank in range(ranks)]
+    heap = [(*load, rank) for rank, load in enumerate(busy)]
     heapq.heapify(heap)
-    owners = [0] * len(costs)
+    homes: list[tuple[int, ...]] = [()] * len(costs)
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i][0], -costs[i][1], i)):
-        cost, elements, rank = heapq.heappop(heap)
-        owners[item] = rank
-        heapq.heappush(heap, (cost + costs[item][0], elements + costs[item][1], rank))
-    return owners
+        taken = [heapq.heappop(heap) for _ in range(counts[item])]
+        homes[item] = tuple(sorted(rank for _, _, rank in taken))
+        for cost, numbytes, rank in taken:
+            heapq.heappush(heap, (cost + costs[item][0], numbytes + costs[item][1], rank))
+    return homes

@@ -22,7 +22,8 @@ from distopt.plan.build import BUCKET_BYTES, IN_FLIGHT, Bucket, Entry, GroupPlan
 from distopt.plan.cost import Rates
 from distopt.plan.fields import fields_of
 from distopt.plan.geometry import Geometry, geometry_of, logical_of
-from distopt.plan.report import agreement_bytes, ordinary_rounds, state_bytes
+from distopt.plan.report import agreement_bytes, asked_bytes, ordinary_rounds, state_bytes, travelling_elements
+from distopt.plan.strategies import sides, slice_work
 from distopt.plan.trace import Footprint, footprint, trace
 from distopt.rule import Shape
 
@@ -158,22 +159,22 @@ def loads_of(plan: GroupPlan, mesh: Mesh, rates: Rates) -> dict[str, Loads]:
         _add_elementwise(found["elementwise"], plan, mesh, rates)
     for ranks, entries in plan.homes.items():
         where = mesh.positions(ranks)
-        by_strategy: dict[str, list[Entry]] = defaultdict(list)
-        for entry in entries:
-            by_strategy["owner" if entry.geometry.whole_at[entry.matrix] is None else "in place"].append(entry)
-        for strategy, members in by_strategy.items():
-            for entry in members:
-                _add_entry(found[strategy], plan, entry, where, rates)
-        if "in place" in by_strategy:
-            _add_working(found["in place"], plan, by_strategy["in place"], where)
+        whole = [entry for entry in entries if entry.geometry.whole_at[entry.matrix] is not None]
+        for entry in whole:
+            _add_entry(found["in place"], plan, entry, where, rates)
+        if whole:
+            _add_working(found["in place"], plan, whole, where)
     for bucket in plan.buckets:
-        if bucket.entries[0].owner is None:
-            where = mesh.positions(bucket.ranks)
+        where = mesh.positions(bucket.ranks)
+        if bucket.exchanged:
+            for entry in bucket.entries:
+                _add_entry(found[bucket.strategy], plan, entry, where, rates)
+        elif not bucket.entries[0].homes:
             for entry in bucket.entries:
                 _add_entry(found["sums"], plan, entry, where, rates)
             _add_sums(found["sums"], plan, bucket, where, rates)
-    if "owner" in found:
-        _add_exchanges(found["owner"], plan, mesh, rates)
+    for strategy in {bucket.strategy: None for bucket in plan.buckets if bucket.exchanged}:
+        _add_exchanges(found[strategy], plan, strategy, mesh, rates)
     for spec in plan.specs:
         if isinstance(
             spec.layout, Partition
@@ -216,12 +217,20 @@ def _add_entry(loads: Loads, plan: GroupPlan, entry: Entry, where: np.ndarray, r
     loads.elements += entry.shape.numel
     loads.state = loads.state + 4 * held[where]
     loads.memory = loads.memory + rates.memory_seconds(1) * moved[where]
-    if entry.owner is not None:
-        own = where == entry.owner
+    short, long = sides(entry.shape)
+    for home in entry.homes:
+        own = where == home.rank
         loads.state = loads.state + 4 * owned * own
         loads.memory = loads.memory + rates.memory_seconds(8 * owned) * own
-        loads.flops = loads.flops + sum(share * trace.flops for _, share, trace in plan.traces(entry.shape)) * own
-        loads.compute = loads.compute + _by_step(plan, entry, rates)[:, None] * own
+        if home.stop - home.start == long:
+            loads.flops = loads.flops + sum(share * trace.flops for _, share, trace in plan.traces(entry.shape)) * own
+            loads.compute = loads.compute + _by_step(plan, entry, rates)[:, None] * own
+        else:
+            (ask,) = next(plan.traces(entry.shape))[2].asks("through")
+            assert ask.transform is not None
+            work, _ = slice_work(ask.transform, short, home.stop - home.start)
+            loads.flops = loads.flops + sum(work.values()) * own
+            loads.compute = loads.compute + rates.compute_seconds(work) * own
 
 
 def _by_step(plan: GroupPlan, entry: Entry, rates: Rates) -> np.ndarray:
@@ -267,35 +276,34 @@ def _add_sums(loads: Loads, plan: GroupPlan, bucket: Bucket, where: np.ndarray, 
             loads.wire = loads.wire + rates.all_reduce_seconds(bucket.ranks, reduced)
 
 
-def _add_exchanges(loads: Loads, plan: GroupPlan, mesh: Mesh, rates: Rates) -> None:
-    """The all-to-alls to owners and back, and what is alive meanwhile: pieces and buffers of the buckets in flight,
-    matrices and workspace of one."""
+def _add_exchanges(loads: Loads, plan: GroupPlan, strategy: str, mesh: Mesh, rates: Rates) -> None:
+    """The all-to-alls to homes and back and between them, and what is alive meanwhile: pieces and buffers of the buckets
+    in flight, matrices or slices and workspace of one."""
     in_flight, workspace = [], np.zeros(mesh.size)
-    for bucket in plan.buckets:
-        if not bucket.exchanged:
-            continue
+    for bucket in (bucket for bucket in plan.buckets if bucket.strategy == strategy):
         where, link = mesh.positions(bucket.ranks), rates.link(bucket.ranks)
-        there = np.zeros((2, len(bucket.ranks)))
         pieces, kept, extra = np.zeros((3, len(bucket.ranks)))
         for entry in bucket.entries:
-            assert entry.owner is not None
-            counts = entry.geometry.counts[entry.matrix]
             size = _footprint(plan, entry.shape)
-            there[0] += counts
-            there[0, entry.owner] -= counts[entry.owner]
-            there[1, entry.owner] += entry.shape.numel - counts[entry.owner]
-            pieces += size.piece * counts
-            kept[entry.owner] += size.kept
-            extra[entry.owner] = max(extra[entry.owner], size.working - size.kept)
+            short, long = sides(entry.shape)
+            pieces += size.piece * entry.geometry.counts[entry.matrix]
+            for home in entry.homes:
+                # Gram matrices of slices are as large as those of whole matrices; the rest is as much less.
+                share = (home.stop - home.start) / long
+                kept[home.rank] += size.kept * share
+                extra[home.rank] = max(extra[home.rank], (size.working - size.kept) * max(share, short / long))
         buffers = np.zeros(len(bucket.ranks))
+        moved = travelling_elements(bucket)
         for ask in (ask for asks in ordinary_rounds(plan, bucket.entries[0].shape) for ask in asks):
-            if ask.kind in ("whole", "back"):
-                sent, received = (there if ask.kind == "whole" else there[::-1]) * ask.dtype.itemsize
+            numbytes = asked_bytes(bucket, ask, moved)
+            if numbytes is not None:
+                sent, received = numbytes
                 buffers = np.maximum(buffers, sent + received)
                 loads.sent = loads.sent + sent[where]
                 loads.received = loads.received + received[where]
                 # A collective ends when its busiest rank is done.
-                loads.wire = loads.wire + link.seconds(float(np.maximum(sent, received).max()))
+                messages = 1 if ask.transform is None else 2 * len(slice_work(ask.transform, 1, 1)[1])
+                loads.wire = loads.wire + link.seconds(float(np.maximum(sent, received).max()), messages)
         in_flight.append((pieces + buffers)[where])
         workspace = np.maximum(workspace, (kept + extra)[where])
     alive = [sum(in_flight[i : i + IN_FLIGHT]) for i in range(len(in_flight))]

@@ -10,8 +10,9 @@ import numpy as np
 from distopt.layouts.base import Layout, Plain
 from distopt.plan.build import Bucket, GroupPlan, Stack
 from distopt.plan.fields import fields_of
+from distopt.plan.strategies import held, sides, slice_work
 from distopt.plan.tiles import coded_bytes, join_tiles, local_tiles, shared_tiles
-from distopt.plan.trace import Rounds
+from distopt.plan.trace import Ask, Rounds
 from distopt.rule import Shape
 
 
@@ -81,13 +82,9 @@ class PlanReport:
             lines.append("  layouts: " + ", ".join(f"{count} × {words}" for words, count in layouts.items()))
             for number, bucket in enumerate(plan.buckets):
                 sent, received = bucket_bytes(plan, bucket, self.rank)
-                how = (
-                    f"owner through all-to-all over {len(bucket.ranks)} ranks, {sum(len(o.entries) for o in bucket.owned)} here"
-                    if bucket.exchanged
-                    else f"in place, {len({p.entry for s in bucket.stacks for p in s.pieces})} here"
-                )
                 lines.append(
-                    f"  bucket {number}: {len(bucket.entries)} matrices, {how}; sends {_size(sent)}, receives {_size(received)}"
+                    f"  bucket {number}: {len(bucket.entries)} matrices, {_how(bucket)}; "
+                    f"sends {_size(sent)}, receives {_size(received)}"
                 )
             for load in plan.loads.values():
                 if load.any():
@@ -113,12 +110,21 @@ class PlanReport:
             "elements": sum(int(np.prod(spec.layout.shape, dtype=np.int64)) for spec in plan.specs),
             "matrices": sum(len(bucket.entries) for bucket in plan.buckets),
             "buckets": len(plan.buckets),
+            "strategies": _strategies(plan),
             "bytes_sent_per_step": sent + gathered[0] + agreed,
             "bytes_received_per_step": received + gathered[1] + agreed,
             "state_bytes": here,
             "state_bytes_total": total,
             "flops": float(sum(load[ranks.index(self.rank)] for load, ranks in loads)),
         }
+
+
+def _strategies(plan: GroupPlan) -> dict[str, int]:
+    """How many matrices of this rank's buckets are computed in which way."""
+    found: dict[str, int] = defaultdict(int)
+    for bucket in plan.buckets:
+        found[bucket.strategy] += len(bucket.entries)
+    return dict(found)
 
 
 def ordinary_rounds(plan: GroupPlan, shape: Shape) -> Rounds:
@@ -134,9 +140,12 @@ def bucket_bytes(plan: GroupPlan, bucket: Bucket, rank: int) -> tuple[int, int]:
         for ask in asks:
             if ask.kind == "whole":
                 sent, received = sent + out * ask.dtype.itemsize, received + into * ask.dtype.itemsize
-            elif ask.kind == "back":
+            elif ask.kind == "back" and bucket.strategy != "gather":
                 sent, received = sent + into * ask.dtype.itemsize, received + out * ask.dtype.itemsize
-            elif len(bucket.ranks) > 1 and ask.scope != "optimizer":
+            elif ask.kind == "through" and bucket.sliced:
+                summed = int(summed_bytes(bucket, ask)[bucket.ranks.index(rank)])
+                sent, received = sent + summed, received + summed
+            elif ask.kind in ("sum", "mean", "max") and len(bucket.ranks) > 1 and ask.scope != "optimizer":
                 reduced = 4 * sum(field.numel for field in fields_of(bucket.entries, ask).values())
                 sent, received = sent + reduced, received + reduced
     return sent, received
@@ -146,42 +155,84 @@ def _moved_elements(plan: GroupPlan, bucket: Bucket, rank: int) -> tuple[int, in
     me = bucket.ranks.index(rank)
     sent = received = 0
     for entry in bucket.entries:
-        here = int(entry.geometry.counts[entry.matrix, plan.specs[entry.param].index])
-        if entry.owner == me:
-            received += entry.shape.numel - here
-        else:
-            sent += here
+        here = held(entry.geometry, entry.matrix, entry.cuts)[plan.specs[entry.param].index]
+        short, _ = sides(entry.shape)
+        for home, elements in zip(entry.homes, here.tolist()):
+            if home.rank == me:
+                received += short * (home.stop - home.start) - elements
+            else:
+                sent += elements
     return sent, received
 
 
+def summed_bytes(bucket: Bucket, ask: Ask) -> np.ndarray:
+    """Bytes per rank that homes send, and receive, for the sums of one request."""
+    assert ask.transform is not None
+    found = np.zeros(len(bucket.ranks))
+    for entry in bucket.entries:
+        short, _ = sides(entry.shape)
+        for payload in slice_work(ask.transform, short, 1)[1]:
+            for index, home in enumerate(entry.homes):
+                found[home.rank] += payload.moved(len(entry.homes), index) * payload.dtype.itemsize
+    return found
+
+
+def travelling_elements(bucket: Bucket) -> np.ndarray:
+    """Elements that each rank sends to homes, and those that it receives as one: (2, ranks). Back it is the reverse, but
+    for matrices that everybody gathers."""
+    moved = np.zeros((2, len(bucket.ranks)))
+    order: dict[tuple[int, ...], np.ndarray] = {}
+    for entry in bucket.entries:
+        ranks = entry.geometry.layout.ranks
+        if ranks not in order:
+            order[ranks] = np.searchsorted(np.asarray(bucket.ranks), np.asarray(ranks))
+        counts = held(entry.geometry, entry.matrix, entry.cuts)
+        moved[0, order[ranks]] += counts.sum(1)
+        for number, home in enumerate(entry.homes):
+            own = counts[np.flatnonzero(order[ranks] == home.rank)[0], number]
+            moved[0, home.rank] -= own
+            moved[1, home.rank] += counts[:, number].sum() - own
+    return moved
+
+
+def asked_bytes(bucket: Bucket, ask: Ask, moved: np.ndarray) -> np.ndarray | None:
+    """Bytes per rank that one request of a bucket with homes sends and receives, (2, ranks), of `travelling_elements`;
+    None where nothing travels for it."""
+    if ask.kind == "whole" and bucket.travels:
+        return moved * ask.dtype.itemsize
+    if ask.kind == "back" and bucket.travels and bucket.strategy != "gather":
+        return moved[::-1] * ask.dtype.itemsize
+    if ask.kind == "through" and bucket.sliced:
+        return np.tile(summed_bytes(bucket, ask), (2, 1))
+    return None
+
+
 def exchanged_bytes(plan: GroupPlan) -> dict[tuple[int, ...], np.ndarray]:
-    """Per domain, bytes per rank of the exchanges of an ordinary step, there and back: array (2, ranks) of sent and
-    received."""
+    """Per domain, bytes per rank of the exchanges of an ordinary step, there and back, and of the sums over homes: array
+    (2, ranks) of sent and received."""
     found: dict[tuple[int, ...], np.ndarray] = {}
     for bucket in plan.buckets:
-        if not bucket.exchanged:
-            continue
-        moved = np.zeros((2, len(bucket.ranks)))
-        order: dict[tuple[int, ...], np.ndarray] = {}
-        for entry in bucket.entries:
-            ranks = entry.geometry.layout.ranks
-            if ranks not in order:
-                order[ranks] = np.searchsorted(np.asarray(bucket.ranks), np.asarray(ranks))
-            counts = entry.geometry.counts[entry.matrix]
-            assert entry.owner is not None
-            moved[0, order[ranks]] += counts
-            own = counts[np.flatnonzero(order[ranks] == entry.owner)[0]]
-            moved[0, entry.owner] -= own
-            moved[1, entry.owner] += entry.shape.numel - own
-        value = np.zeros_like(moved)
-        for asks in ordinary_rounds(plan, bucket.entries[0].shape):
-            for ask in asks:
-                if ask.kind == "whole":
-                    value += moved * ask.dtype.itemsize
-                elif ask.kind == "back":
-                    value += moved[::-1] * ask.dtype.itemsize
-        found[bucket.ranks] = found.get(bucket.ranks, 0) + value
+        if bucket.exchanged:
+            moved = travelling_elements(bucket)
+            value = np.zeros_like(moved)
+            for asks in ordinary_rounds(plan, bucket.entries[0].shape):
+                for ask in asks:
+                    value += 0 if (numbytes := asked_bytes(bucket, ask, moved)) is None else numbytes
+            found[bucket.ranks] = found.get(bucket.ranks, 0) + value
     return found
+
+
+def _how(bucket: Bucket) -> str:
+    """A strategy in words."""
+    here, ranks = sum(len(owned.entries) for owned in bucket.owned), len(bucket.ranks)
+    most = max((len(entry.homes) for entry in bucket.entries), default=1)
+    return {
+        "in place": f"in place, {len({p.entry for s in bucket.stacks for p in s.pieces})} here",
+        "owner": f"owner through all-to-all over {ranks} ranks, {here} here",
+        "gather": f"gather: all of them on each of {ranks} ranks",
+        "gram": f"gram: slices where they lie, Gram matrices summed over up to {most} ranks, {here} slices here",
+        "split": f"split: equal slices, Gram matrices summed over up to {most} of {ranks} ranks, {here} slices here",
+    }[bucket.strategy]
 
 
 def gather_bytes(plan: GroupPlan) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distopt.plan.flops import flops_of
-from distopt.rule import Back, Reduction, Request, Rule, Shape, State, StateView, Step, Whole
+from distopt.rule import Back, Reduction, Request, Rule, Shape, State, StateView, Step, Through, Transform, Whole
 
 ITEMS, OWNED, ROWS, COLS = 2, 13, 3, 5
 FULL = (7, 11)
@@ -26,10 +26,11 @@ FULL = (7, 11)
 
 @dataclass(frozen=True)
 class Ask:
-    """One request of a round: "sum", "mean", "max", "whole" or "back".
+    """One request of a round: "sum", "mean", "max", "whole", "through" or "back".
 
     `of` says what is reduced: something like the piece, a row statistic or a column statistic. That cannot be read off
-    the sizes of a piece of one row or one column, so it is found here, where all sizes differ. `dtype` is what travels.
+    the sizes of a piece of one row or one column, so it is found here, where all sizes differ. `dtype` is what travels,
+    `transform` what "through" asks for.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Ask:
     scope: str = "matrix"
     of: str = "like"
     dtype: torch.dtype = torch.float32
+    transform: Transform | None = None
 
 
 Rounds = tuple[tuple[Ask, ...], ...]
@@ -140,8 +142,12 @@ def _run(
             asked: tuple[Request, ...] = requests if several else (requests,)
             rounds.append(tuple(_ask(request, piece) for request in asked))
             guard.at_owner = isinstance(asked[0], Whole) or (guard.at_owner and not isinstance(asked[0], Back))
-            with torch.utils._python_dispatch._disable_current_modes():
-                answers = tuple(_answer(request, piece, (owned, shape.rows, shape.cols)) for request in asked)
+            whole = (owned, shape.rows, shape.cols)
+            if isinstance(asked[0], Through):  # its FLOPs count
+                answers = tuple(_through(request, whole) for request in asked)
+            else:
+                with torch.utils._python_dispatch._disable_current_modes():
+                    answers = tuple(_answer(request, piece, whole) for request in asked)
             answer = answers if several else answers[0]
 
 
@@ -159,7 +165,14 @@ def _ask(request: Request, piece: tuple[int, int, int]) -> Ask:
         kept = (request.x.shape[1] == piece[1], request.x.shape[2] == piece[2])
         of = {(True, True): "like", (True, False): "row", (False, True): "col"}.get(kept, "one")
         return Ask(request.op, request.dim, request.scope, of)
+    if isinstance(request, Through):
+        return Ask("through", dtype=request.x.dtype, transform=request.transform)
     return Ask("whole" if isinstance(request, Whole) else "back", dtype=request.x.dtype)
+
+
+def _through(request: Request, whole: tuple[int, int, int]) -> Tensor:
+    assert isinstance(request, Through) and tuple(request.x.shape) == whole, "Through is asked between Whole and Back"
+    return request.transform(request.x)
 
 
 def _answer(request: Request, piece: tuple[int, int, int], whole: tuple[int, int, int]) -> Tensor:
@@ -170,6 +183,7 @@ def _answer(request: Request, piece: tuple[int, int, int], whole: tuple[int, int
     if isinstance(request, Back):
         assert tuple(x.shape) == whole, f"Back was given {tuple(x.shape)}, whole matrices are {whole}"
         return torch.empty(piece, device="meta", dtype=x.dtype)
+    assert isinstance(request, Reduction)
     assert len(x.shape) == 3 and all(n in (1, full) for n, full in zip(x.shape, piece, strict=True)), (
         f"{request.op} was given {tuple(x.shape)}, which is no statistic of the piece {piece}"
     )

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from distopt.matrix.newton_schulz import Method, orthogonalize
-from distopt.rule import Back, Rule, Shape, State, Update, Whole, require
+from distopt.matrix.newton_schulz import Method, Orthogonalize
+from distopt.rule import Back, Rule, Shape, State, Through, Update, Whole, require
 
 SCALES = {
     "original": lambda rows, cols: max(1, rows / cols) ** 0.5,
@@ -64,16 +64,9 @@ class Muon(Rule):
         update = grad.lerp(state.momentum_buffer, self.momentum) if self.nesterov else state.momentum_buffer
 
         dtype = self.ns_dtype or (torch.bfloat16 if h.gpu else torch.float32)
+        newton_schulz = Orthogonalize(self.ns, self.ns_steps, self.ns_coefficients, self.eps, dtype)
         matrix = yield Whole(update.to(dtype))
-        orthogonal = yield Back(
-            orthogonalize(
-                matrix,
-                method=self.ns,
-                steps=self.ns_steps,
-                coefficients=self.ns_coefficients,
-                eps=self.eps,
-                dtype=dtype,
-            )
-        )
+        orthogonal = yield Through(matrix, newton_schulz)
+        orthogonal = yield Back(orthogonal)
         scale = SCALES[self.adjust_lr_fn or "original"](h.shape.rows, h.shape.cols)
         return (weight * (1 - h.lr * h.weight_decay)).add(orthogonal.to(weight.dtype), alpha=-h.lr * scale)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from distopt.matrix.newton_schulz import Method, orthogonalize
-from distopt.rule import Back, Mean, Rule, Shape, State, Update, Whole, require
+from distopt.matrix.newton_schulz import Method, Orthogonalize
+from distopt.rule import Back, Mean, Rule, Shape, State, Through, Update, Whole, require
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,8 @@ class Scion(Rule):
         else:
             dtype = self.ns_dtype or (torch.bfloat16 if h.gpu else torch.float32)
             matrix = yield Whole(m.to(dtype))
-            orthogonal = yield Back(
-                orthogonalize(matrix, method=self.ns, steps=self.ns_steps, eps=self.eps, dtype=dtype)
-            )
+            orthogonal = yield Through(matrix, Orthogonalize(self.ns, self.ns_steps, eps=self.eps, dtype=dtype))
+            orthogonal = yield Back(orthogonal)
             extreme = orthogonal.to(weight.dtype) * (h.shape.rows / h.shape.cols) ** 0.5
         kept = weight if self.unconstrained else weight * (1 - h.lr)
         return kept.add(extreme, alpha=-h.lr * self.scale)

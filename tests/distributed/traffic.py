@@ -55,11 +55,11 @@ def counting() -> Iterator[Bytes]:
         yield moved
 
 
-def one_step(optimizer: str, layout: str) -> tuple[Bytes, Bytes, Bytes]:
+def one_step(optimizer: str, layout: str, options: dict[str, Any] | None = None) -> tuple[Bytes, Bytes, Bytes]:
     """(counted, reported by the optimizer, planned) bytes of the third step."""
     shapes = collect()[optimizer.lower()].accepted(LAYOUTS[layout].shapes)
     laid = lay_out(LAYOUTS[layout], weights(shapes))
-    built = getattr(distopt, optimizer)(laid.named(), **LAYOUTS[layout].options())
+    built = getattr(distopt, optimizer)(laid.named(), **(options or {}), **LAYOUTS[layout].options())
     for step in range(2):
         laid.set_grads(gradients(shapes, step))
         built.step()

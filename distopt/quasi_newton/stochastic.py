@@ -39,7 +39,7 @@ class StochasticLBFGS(_Stochastic):
 
     lr scales the quasi-Newton step, where 1 is the step to the minimum of the model: 0.01 … 0.5, decaying.
 
-    Start: lr 0.1, history_size 10 (the paper, section 5, has 10 pairs).
+    Start: lr 0.1, history_size 10 (the defaults here; untuned).
 
     Args:
         params: of one group.
@@ -110,7 +110,7 @@ class MLBFGS(_Stochastic):
 
     lr multiplies the quasi-Newton direction, and the raw gradient before the first pair: an SGD learning rate (0.1).
 
-    Start: SGD's lr, beta 0.9, a pair every 100 steps (the defaults of the authors' optimizer).
+    Start: SGD's lr, beta 0.9, a pair every 100 steps (the defaults of the authors' SlimQN class).
 
     Args:
         params: of one group.

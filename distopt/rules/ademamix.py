@@ -20,7 +20,7 @@ class AdEMAMix(Rule):
     which alpha grows from 0 and beta3 from beta1 (None: constant); the paper takes the length of the training. Names,
     order and defaults are bitsandbytes'. The slow mean has no bias correction.
 
-    Start: AdamW's lr and weight decay, betas[2] 0.9999, alpha 4 to 10 (the paper, section 3).
+    Start: AdamW's lr and weight decay, betas[2] 0.9999, alpha 4 to 10 (the paper).
     """
 
     lr: float = 1e-3

@@ -20,7 +20,7 @@ class Amos(Rule):
     the paper lets the user set it; `extra_l2`, `c_coef` and `d_coef` are that package's. A 3-D tensor is a stack of
     matrices with a second moment each.
 
-    Start: lr 1/√(batches in the training data), beta 0.999 (the paper, section 2).
+    Start: lr 1/√(batches in the training data), beta 0.999 (the paper).
     """
 
     lr: float = 1e-3

@@ -20,7 +20,7 @@ class LARS(Rule):
     the first buffer is the first gradient. Vectors and scalars are SGD, without scaling, as is usual for biases and
     norms: give them a group with an lr of their own.
 
-    Start: trust_coeff 1e-3, momentum 0.9, a sweep of lr from 1.0 (the paper, section 5, has the coefficient).
+    Start: trust_coeff 1e-3, momentum 0.9, a sweep of lr from 1.0 (the paper has the coefficient).
     """
 
     lr: float = 1.0

@@ -20,7 +20,7 @@ class SophiaH(SophiaG):
     lr, evidence and deviations are Sophia-G's; the estimate needs a product with the Hessian: a second backward pass
     through the first, or two gradients at W ± ε u.
 
-    Start: lr 0.8 of AdamW's, betas (0.96, 0.99), rho 0.01, an estimate every 10 steps (the paper, section 3.1).
+    Start: lr 0.8 of AdamW's, betas (0.96, 0.99), rho 0.01, an estimate every 10 steps (the paper).
     """
 
     betas: tuple[float, float] = (0.96, 0.99)

@@ -4,6 +4,7 @@ Compared are the weights at every evaluation of the closure, in float64: roundin
 a long run from a start one bit away ends elsewhere, torch's own too.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -616,6 +617,24 @@ def test_numbers_out_of_range_are_refused() -> None:
     for cls in (distopt.BFGS, distopt.SR1):
         with pytest.raises(ValueError, match="2,049 parameters, at most 2,048; use LBFGS"):
             _ = cls(large).state
+
+
+def alone() -> list[str]:
+    """Warnings of a plain parameter without process_group, and with it."""
+    found = []
+    for group in (None, dist.group.WORLD):
+        param = nn.Parameter(torch.zeros(2))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            _ = distopt.LBFGS([param], process_group=group).state
+        found.append("; ".join(str(w.message) for w in seen))
+    return found
+
+
+def test_replicas_without_their_group_are_warned() -> None:
+    for without, given in pool(2).run(f"{HERE}:alone"):
+        assert "replicas (DDP) must give process_group=" in without
+        assert given == ""
 
 
 def disagreeing() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,9 @@ class QuasiNewton(torch.optim.Optimizer):
     The loss that is searched is the mean of the ranks' closures: over the ranks that the parameters are sharded over, or
     over `process_group`, which replicas (DDP) must give: their gradients are means, so their losses have to be.
     """
+
+    searches: ClassVar[bool] = True
+    """Whether losses are compared, which then have to be those of all ranks."""
 
     def __init__(
         self,
@@ -124,6 +128,12 @@ class QuasiNewton(torch.optim.Optimizer):
             group = self.param_groups[0]
             words = {key: value for key, value in group.items() if key not in ("params", "param_names")}
             vectors = Vectors(group, {"class": type(self).__name__, **words}, self._process_group)
+            if vectors.bound.norm.size == 1 and dist.is_initialized() and dist.get_world_size() > 1 and self.searches:
+                warnings.warn(
+                    f"{type(self).__name__}: parameters are plain, so each rank searches on the loss of its own closure; "
+                    "replicas (DDP) must give process_group=, or they drift apart",
+                    stacklevel=3,
+                )
             slabs, others = self._slabs(vectors)
             self._progress = torch.zeros(len(self._exported()), dtype=torch.float64)
             self._state: defaultdict[Tensor, Any] = defaultdict(dict)

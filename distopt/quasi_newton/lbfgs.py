@@ -26,6 +26,9 @@ class LBFGS(QuasiNewton):
     weights (no dropout), or the line search has nothing to compare. An iteration costs two small all-reduces and one per
     evaluation of the closure, whatever `history_size` is.
 
+    It pays on smooth problems with full batches: heads on frozen features, regressions, fits. On mini-batches a line search
+    compares noise, and a rule such as AdamW is the better choice.
+
     lr is the first length tried along the direction, where 1 is the step to the minimum of the model; without a line
     search it is the length taken. Memory: 2 · history_size + 2 vectors in the parameters' dtype.
 

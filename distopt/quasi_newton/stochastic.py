@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ LEAST_CURVATURE = 1e-8
 
 class _Stochastic(QuasiNewton):
     """What both keep: a history, and nothing of a line search."""
+
+    searches: ClassVar[bool] = False
 
     def _slabs(self, vectors: Vectors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         self._memory = History(vectors, self.param_groups[0]["history_size"])

@@ -17,8 +17,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from distopt.bound import Bound
 from distopt.layouts import local_tensor
+from distopt.optimizer import GROUP_OPTIONS
 from distopt.rules import rule_class
-from distopt.state.codecs import STORAGE_OPTIONS
 from distopt.state.windows import Window
 
 SLICE = 1 << 20
@@ -38,11 +38,8 @@ class Vectors:
     """
 
     def __init__(self, group: dict[str, Any], words: dict[str, Any], process_group: dist.ProcessGroup | None) -> None:
-        plain = {
-            **asdict(rule_class("sgd")()),
-            **STORAGE_OPTIONS,
-            "rule": "sgd",
-        }  # a rule without states: only the layouts are wanted
+        # A rule without states: only the layouts are wanted.
+        plain = {**asdict(rule_class("sgd")()), **GROUP_OPTIONS, "rule": "sgd"}
         engine = {**words, "process_group": None, "norm_group": process_group, "nonfinite": None, "max_grad_norm": None}
         self.bound = Bound([{**plain, **{k: v for k, v in group.items() if k in ("params", "param_names")}}], engine)
         dtypes = {param.dtype for param in self.bound.params}

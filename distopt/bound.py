@@ -342,7 +342,7 @@ class Bound:
         rules = [group_rule(group) for group in groups]
         if self._readings != (now := _readings(groups)):
             raise ValueError(
-                f"split or block_size were changed after bind, from {self._readings} to {now}; build a new optimizer"
+                f"split, block_size or whole_parts were changed after bind, from {self._readings} to {now}; build a new optimizer"
             )
         shape = Shape(4, 4)
         for plan, rule in zip(self.plans, rules):

@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from distopt.bound import strip_prefixes
+from distopt.fused import known_splits
 from distopt.layouts import declare_fsdp1, global_shape
 from distopt.optimizer import ENGINE_OPTIONS, Optimizer, optimizer_class
+from distopt.plan.split import parse_split
 from distopt.quasi_newton import DRIVERS, driver_class
-from distopt.rule import require
+from distopt.rule import Rule, require
 from distopt.rules import rule_class
 
 HEADS = {"lm_head", "head", "heads", "embed_out", "score", "classifier", "output_layer", "unembed"}
@@ -30,6 +32,7 @@ class Route:
     hidden: bool
     decays: bool
     why: str
+    split: str | None = None
 
 
 def create_optimizer(
@@ -41,6 +44,8 @@ def create_optimizer(
     rest: str = "adamw",
     rest_options: dict[str, Any] | None = None,
     select: Callable[[str], bool] | None = None,
+    find_splits: bool = True,
+    per_head: bool = False,
     **options: Any,
 ) -> Optimizer:
     """Build an optimizer for a model, each parameter with the rule that its role asks for.
@@ -50,12 +55,18 @@ def create_optimizer(
     Norms, biases and scalars are not decayed. Tied weights are taken once, as what they are first. The model may be
     sharded before or after.
 
+    Fused projections of known transformers models (`distopt.fused`: GPT-2, GPT-NeoX, Bloom, Falcon, Phi-3, GLM, experts)
+    are split into logical matrices for rules that see matrices, and weights that are stored transposed are read so.
+
     Args:
         name: as in `distopt.list_optimizers()`. Those of `distopt.quasi_newton` take every parameter, in one group.
         lr, weight_decay: of all groups, unless `rest_options` says otherwise.
         rest: the rule for what a matrix rule does not take.
         rest_options: that rule's options.
         select: whether a matrix rule takes the weight of this name, of those that it could take; all of them by default.
+        find_splits: look for such weights; not done where `split` is given, which is for all weights of the rule.
+        per_head: give every head of attention a matrix of its own as well. Rules with a moment per head (adam_mini) always
+            do so for queries and keys.
         options: the rule's options, and the keyword-only ones that all optimizers have.
 
     Returns:
@@ -76,6 +87,8 @@ def create_optimizer(
         rest=rest,
         rest_options=rest_options,
         select=select,
+        find_splits=find_splits,
+        per_head=per_head,
         **options,
     )
     optimizer = optimizer_class(name)(groups, **own, **engine)
@@ -105,6 +118,8 @@ def parameter_groups(
     rest: str = "adamw",
     rest_options: dict[str, Any] | None = None,
     select: Callable[[str], bool] | None = None,
+    find_splits: bool = True,
+    per_head: bool = False,
     **options: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[tuple[str, str, str]]]:
     """What `create_optimizer` makes an optimizer of: its groups, the rule's own options, the routing. The model may be on
@@ -129,6 +144,8 @@ def parameter_groups(
             else route
             for route in routes
         ]
+    if find_splits and "split" not in options:
+        routes = _with_splits(rule, model, routes, per_head=per_head)
     if matrix and not any(route.hidden for route in routes):
         raise ValueError(
             f"no parameter of this {type(model).__name__} is for {name}: it takes the weights of hidden linear layers; "
@@ -149,13 +166,32 @@ def parameter_groups(
     for hidden in (True, False):
         for decays in (True, False):
             chosen = [route for route in routes if (route.hidden or not matrix) == hidden and route.decays == decays]
-            if chosen:
-                group: dict[str, Any] = {"params": [(route.name, route.param) for route in chosen]}
+            for split in dict.fromkeys(route.split for route in chosen):
+                members = [(route.name, route.param) for route in chosen if route.split == split]
+                group: dict[str, Any] = {"params": members, **({"split": split} if split else {})}
                 group.update({} if hidden else other)
                 if not decays and (name if hidden else rest) not in without_decay:
                     group["weight_decay"] = 0.0
                 groups.append(group)
     return groups, own, [(route.name, name if route.hidden or not matrix else rest, route.why) for route in routes]
+
+
+def _with_splits(rule: type[Rule], model: nn.Module, routes: list[Route], *, per_head: bool) -> list[Route]:
+    """The routes with the splits that are known, for rules to which they make a difference."""
+    named = set(getattr(rule(), "whole_parts", ()))
+    if rule.reach == "elementwise" or (rule.reach == "reduce" and not (named or per_head)):
+        return routes
+    found = known_splits(model, per_head=per_head or bool(named))
+    if named:  # what has no such part is not cut: its moments are per row anyway
+        for key, words in list(found.items()):
+            if not named & {part.name for part in parse_split(words).parts}:
+                found[key] = "transposed" if "transposed" in words.split() else ""
+    return [
+        replace(route, split=found[route.name], why=f"{route.why}; split: {found[route.name]}")
+        if found.get(route.name) and (route.hidden or rule.reach != "matrix")
+        else route
+        for route in routes
+    ]
 
 
 class _ModeGuard:

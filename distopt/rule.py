@@ -264,15 +264,20 @@ class Rule:
 class TwoSided(Rule):
     """Base of rules that keep something per side of a matrix, refreshed every `precondition_frequency` steps at a cubic
     cost: all sides in the same step with `synchronous`, else each in its turn, so that every step costs the same. A side
-    longer than `max_precond_dim` has nothing."""
+    longer than `max_precond_dim` has nothing. With a `block_size` every matrix is cut into blocks of at most so many rows
+    and columns, the last ones smaller, each a matrix of its own wherever it lies (convolutions as (out, rest))."""
 
     _: KW_ONLY
     synchronous: bool = False
+    block_size: int | None = None
 
     def check(self) -> None:
         super().check()
         for name in ("precondition_frequency", "max_precond_dim"):
             require(getattr(self, name) >= 1, f"{name} must be ≥ 1, got {getattr(self, name)}")
+        require(
+            self.block_size is None or self.block_size >= 1, f"block_size must be ≥ 1 or None, got {self.block_size}"
+        )
 
     def sides(self, shape: Shape) -> dict[str, int]:
         """The sides that have something, with their lengths."""

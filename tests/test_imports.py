@@ -25,7 +25,7 @@ LEVELS: list[set[str]] = [
     {"cli"},
     {"backward", "build", "catalog", "checkpoint"},
     {"averaging", "quasi_newton"},
-    {"optimizer"},
+    {"optimizer", "fused"},
     {"observation"},
     {"bound"},
     {"engine", "elementwise", "verdict"},

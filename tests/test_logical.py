@@ -11,7 +11,7 @@ from distopt.plan.geometry import logical_of
 from distopt.plan.split import parse_split
 from distopt.rules.adafactor import Adafactor
 from distopt.rules.muon import Muon
-from tests.splits import CASES, NAMES, STEPS, Case, alone, gradients, in_parts, weights
+from tests.splits import BLOCKS, CASES, NAMES, STEPS, Case, alone, gradients, in_parts, weights
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Muon": {"lr": 0.01},
@@ -42,8 +42,8 @@ def split_up(case: Case, optimizer: str, options: dict[str, Any]) -> dict[str, t
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_split_parameter_is_trained_as_its_parts(optimizer: str, name: str) -> None:
     case, options = CASES[name], dict(OPTIMIZERS[optimizer])
-    if optimizer == "AdamMiniX":
-        options["whole_parts"] = ()
+    if optimizer == "AdamMini":
+        options["whole_parts"] = ()  # parts as parameters of their own have no names
     found, expected = split_up(case, optimizer, options), in_parts(case, optimizer, options)
     # Sums over a matrix that lies in several pieces, or transposed, come in another order.
     exact = optimizer not in SUMS or not (case.transposed or "interleaved" in case.split)
@@ -148,3 +148,82 @@ def test_groups_may_have_splits_of_their_own() -> None:
 def test_names_of_parts_reach_only_rules_that_ask() -> None:
     assert {shape.part for shape in logical_of((48, 16), Adafactor(), "q,k,v").shapes} == {""}
     assert parse_split("q:32h,k:8h,v:8h").parts[1].name == "k"
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("optimizer", ["Shampoo", "CASPR", "KLShampoo", "SOAP"])
+def test_blocks_are_cut_from_the_logical_matrix(optimizer: str, name: str) -> None:
+    case, options = BLOCKS[name], {"lr": 0.01, "eps": 1e-2, "precondition_frequency": 2}
+    found = split_up(case, optimizer, {**options, "block_size": 16})
+    expected = in_parts(case, optimizer, options)
+    for key in NAMES:
+        assert torch.equal(found[key], expected[key])
+
+
+def test_a_block_size_that_no_dim_reaches_changes_nothing() -> None:
+    case, options = Case("", (24, 20), lambda w: [(w, (24, 20))]), {"lr": 0.01, "eps": 1e-2}
+    found = split_up(case, "Shampoo", {**options, "block_size": 24})
+    expected = in_parts(case, "Shampoo", options)
+    assert all(torch.equal(found[key], expected[key]) for key in NAMES)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_block_size_of_nothing_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"block_size must be ≥ 1 or None, got {size}"):
+        distopt.Shampoo([("w", nn.Parameter(torch.zeros(4, 4)))], block_size=size)
+
+
+def test_other_blocks_are_refused_when_a_state_is_loaded() -> None:
+    def build(size: int | None) -> distopt.Optimizer:
+        param = nn.Parameter(torch.zeros(32, 16))
+        param.grad = torch.ones(32, 16)
+        return distopt.Shampoo([("w", param)], block_size=size)
+
+    first = build(16)
+    first.step()
+    build(16).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="saved with block_size=16, here it has None"):
+        build(None).load_state_dict(first.state_dict())
+
+
+def test_adam_mini_has_a_moment_per_head_as_the_package_has() -> None:
+    """Queries and keys of a grouped-query attention; values, the output projection and an embedding per row."""
+    from adam_mini import Adam_mini  # type: ignore[import-untyped]
+
+    dim, heads, kv_heads = 24, 4, 2
+    shapes = {
+        "q_proj.weight": (24, dim), "k_proj.weight": (12, dim), "v_proj.weight": (12, dim), "o_proj.weight": (dim, 24),
+        "embed.weight": (50, dim),
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    first = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    ours, theirs = ({name: nn.Parameter(w.clone()) for name, w in first.items()} for _ in range(2))
+    settings: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}
+    splits = {"q_proj.weight": "q:4h per_head", "k_proj.weight": "k:2h per_head"}
+    groups = [{"params": [item], "split": splits.get(item[0])} for item in ours.items()]
+    mine = distopt.AdamMini(groups, **settings)
+    package = Adam_mini(list(theirs.items()), dim=dim, n_heads=heads, n_kv_heads=kv_heads, verbose=False, **settings)
+    for _ in range(8):
+        for name, shape in shapes.items():
+            ours[name].grad = torch.randn(shape, generator=generator)
+            theirs[name].grad = ours[name].grad.clone()  # type: ignore[union-attr]
+        mine.step()
+        package.step()
+    for name, weight in first.items():
+        change = (theirs[name].detach() - weight).norm()
+        assert (ours[name] - theirs[name]).norm() <= 2e-6 * change, name
+
+
+def test_a_fused_projection_has_the_moments_of_its_parts() -> None:
+    """Per head for the queries and keys in it, per row for the values."""
+    fused = nn.Parameter(torch.zeros(40, 16))
+    apart = {"q": nn.Parameter(torch.zeros(20, 16)), "k": nn.Parameter(torch.zeros(10, 16))}
+    apart["v"] = nn.Parameter(torch.zeros(10, 16))
+    grad = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    fused.grad = grad.clone()
+    for param, part in zip(apart.values(), grad.split([20, 10, 10])):
+        param.grad = part.clone()
+    splits = {"q": "q:4h per_head", "k": "k:2h per_head", "v": None}
+    distopt.AdamMini([("qkv", fused)], split="q:4h,k:2h,v:2h per_head").step()
+    distopt.AdamMini([{"params": [item], "split": splits[item[0]]} for item in apart.items()]).step()
+    assert torch.equal(fused.detach(), torch.cat([param.detach() for param in apart.values()]))

@@ -15,7 +15,7 @@ from distopt.layouts.region import Rect
 from distopt.plan.split import Cuts, cut_dim, parse_split
 from distopt.rule import Rule, Shape, require
 
-READING = ("split", "block_size")
+READING = ("split", "block_size", "whole_parts")
 """Options of a group that decide which matrices there are, and so what shapes states have."""
 
 

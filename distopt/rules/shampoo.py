@@ -17,10 +17,10 @@ from distopt.rule import Back, Shape, State, TwoSided, Update, Whole, require
 class Shampoo(TwoSided):
     """W ← W − lr L^(−1/4) M R^(−1/4), where L and R are running means of G Gᵀ and Gᵀ G with weight 1 − betas[1], and M
     one of G with 1 − betas[0], all bias-corrected. Weight decay is decoupled. The variant is Meta's DistributedShampoo(
-    betas=(0, .99), precondition_frequency=1, start_preconditioning_step=1) without blocks and merged dims: roots of
-    factors that have this step's gradient in them, at step 1 and every multiple of `precondition_frequency` (with
-    `synchronous`; else side by side in turns), `eps` added to the diagonal, by "eigh", "newton" or "qr" (from the last
-    eigenbasis).
+    betas=(0, .99), precondition_frequency=1, start_preconditioning_step=1), with blocks where there is a `block_size`
+    (each grafted by itself) and convolutions merged to (out, rest): roots of factors that have this step's gradient in
+    them, at step 1 and every multiple of `precondition_frequency` (with `synchronous`; else side by side in turns), `eps`
+    added to the diagonal, by "eigh", "newton" or "qr" (from the last eigenbasis).
 
     lr: without grafting, a step's spectral norm is about lr. `grafting` gives each step the Frobenius norm, and so lr
     the units, of another rule: "sgd" (M), "adagrad" (M / (√Σg² + grafting_eps)), "adam" (mean with betas[1] for sum).

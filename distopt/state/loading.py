@@ -118,9 +118,13 @@ def check_reading(number: int, group: dict[str, Any], saved_group: dict[str, Any
         ValueError: the group was saved with another split or other blocks.
     """
     for key in READING:
-        if key in group and saved_group.get(key, group[key]) != group[key]:
+        both = (saved_group.get(key, group.get(key)), group.get(key))
+        there, here = (
+            tuple(value) if isinstance(value, list) else value for value in both
+        )  # as JSON gives tuples back
+        if there != here:
             raise ValueError(
-                f"group {number} was saved with {key}={saved_group[key]!r}, here it has {group[key]!r}: its states are of "
+                f"group {number} was saved with {key}={there!r}, here it has {here!r}: its states are of "
                 "other matrices; build the optimizer as it was saved"
             )
 

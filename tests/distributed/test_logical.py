@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "NorMuon": {"lr": 0.01},
     "SOAP": {"lr": 0.01, "precondition_frequency": 2, "max_precond_dim": 24},
     "Adafactor": {"lr": 0.01},
+    "Shampoo": {"lr": 0.01, "eps": 1e-2, "grafting": "adam", "precondition_frequency": 2, "block_size": 16},
 }
 ALL = {**CASES, **BLOCKS}
 # Sums over ranks come in another order; whole matrices do not.
@@ -56,7 +57,8 @@ def train(laid: Laid, built: distopt.Optimizer, case: Case, steps: range) -> Non
 
 
 def names_of(optimizer: str) -> list[str]:
-    return list(CASES)
+    """What is tried: blocks of the rule that has them, splits of the others."""
+    return list(BLOCKS if "block_size" in OPTIONS[optimizer] else CASES)
 
 
 # ---- what ranks run
@@ -76,7 +78,12 @@ def on_ranks(optimizer: str, layout: str, expected: dict[str, Full]) -> dict[str
 
 @cache
 def expected_of(optimizer: str) -> dict[str, Full]:
-    return {name: in_parts(ALL[name], optimizer, OPTIONS[optimizer]) for name in names_of(optimizer)}
+    return {
+        name: in_parts(ALL[name], optimizer, {**OPTIONS[optimizer], "block_size": None})
+        if "block_size" in OPTIONS[optimizer]
+        else in_parts(ALL[name], optimizer, OPTIONS[optimizer])
+        for name in names_of(optimizer)
+    }
 
 
 @pytest.mark.parametrize(("layout", "world_size"), ON)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -28,6 +29,7 @@ from distopt.state.codecs import STORAGE_OPTIONS, group_storage
 from distopt.state.counters import Counters
 from distopt.state.faces import Faces
 from distopt.state.loading import load_state_dict
+from distopt.state.units import MASTER
 from distopt.state.windows import Window, make_window
 from distopt.verdict import Verdict, first_nonfinite, reach_verdict
 
@@ -118,6 +120,13 @@ class Bound:
             for number, window in enumerate(group.windows):
                 found[window.param] = {**self.state[window.param], **travelled.get(number, {})}
         return found
+
+    def master_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters of lower precision with their fp32 weights, where those are kept."""
+        for group, faces in zip(self.groups, self.faces):
+            for number, window in enumerate(group.windows):
+                if group.units.holds(number, MASTER):
+                    yield window.param, faces.face(number, MASTER)
 
     def load(self, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
         """See Optimizer.load_state_dict."""
@@ -310,9 +319,14 @@ class Bound:
             rule = group_rule(settings)
             other = rule.evaluated if settings["train_mode"] else rule.trained
             for number, window in enumerate(group.windows):
-                weight, stores = window.weight(), group.units.of[number].stores if number in group.units.of else ()
-                coded = {name: group.units.read(number, name) for name in stores}
-                weight.copy_(other(weight.float(), StateView({**window.state, **coded})))
+                unit = group.units.of.get(number)
+                if unit is None:
+                    weight = window.weight()
+                    weight.copy_(other(weight.float(), StateView(window.state)))
+                else:
+                    coded = {name: group.units.read(number, None, name) for name in unit.stores}
+                    value = other(unit.weight(number), StateView({**window.state, **coded}))
+                    unit.set_weight(number, value)
                 window.finish()
             self._gather(group.windows)
 

@@ -33,6 +33,7 @@ from distopt.state.files import Piece, check_writable, write
 from distopt.state.loading import check_reading
 from distopt.state.manifest import CheckpointError
 from distopt.state.reader import Reader, latest, prune
+from distopt.state.units import MASTER
 
 __all__ = ["CheckpointError", "check_writable", "latest", "load", "prune", "save"]
 
@@ -41,21 +42,21 @@ Rectangle = tuple[int, int, int, int]
 
 class _Part:
     """One local rectangle of a logical tensor: how to save it and where to load it to. Of a state that is stored as codes
-    (`coded`: its faces, parameter number and name), `tensor` is a view on the meta device of what it decodes to."""
+    (`coded`: its faces, parameter number, matrix and name), `tensor` is a view on the meta device of what it decodes to."""
 
     def __init__(
         self, name: str, shape: tuple[int, ...], rect: Rectangle, tensor: Tensor, *, saves: bool = True
     ) -> None:
         self.name, self.shape, self.rect, self.tensor, self.saves = name, shape, rect, tensor, saves
         self.copies_back: tuple[Tensor, Tensor] | None = None
-        self.coded: tuple[Faces, int, str] | None = None
+        self.coded: tuple[Faces, tuple[int, int | None, str]] | None = None
 
     def value(self) -> Tensor:
         """What there is to save."""
         if self.coded is None:
             return self.tensor
-        faces, number, key = self.coded
-        return self.within(faces.group.units.read(number, key))
+        faces, key = self.coded
+        return self.within(faces.group.units.read(*key))
 
     def within(self, flat: Tensor) -> Tensor:
         """The rectangle of the whole decoded state."""
@@ -136,17 +137,21 @@ def load(
     with ranks.together(), torch.no_grad():
         names = _names(model, bound)
         groups = reader.document["groups"]
-        parts = [*_parts(model, bound, names), *_average_parts(averages or {}, bound.rank)]
+        everything = [*_parts(model, bound, names), *_average_parts(averages or {}, bound.rank)]
+        known = set(reader.names())
+        parts = [part for part in everything if part.name in known or not part.name.endswith(f"/{MASTER}")]
         _check(reader, parts, groups, optimizer, names)
         values = [reader.read(part.name, part.rect) for part in parts]
     with torch.no_grad():
-        decoded: dict[Faces, dict[tuple[int, str], Tensor]] = {}
+        decoded: dict[Faces, dict[tuple[int, int | None, str], Tensor]] = {}
         for part, value in zip(parts, values):
             if part.coded is not None:
-                faces, number, key = part.coded
-                window = faces.windows[number]
-                flats = decoded.setdefault(faces, {})
-                flat = flats.setdefault((number, key), torch.empty(window.numel, device=window.param.device))
+                faces, key = part.coded
+                window, flats = faces.windows[key[0]], decoded.setdefault(faces, {})
+                if key not in flats:
+                    numel = window.numel if key[1] is None else part.tensor.numel()
+                    flats[key] = torch.empty(numel, device=window.param.device)
+                flat = flats[key]
                 part.within(flat).copy_(value.view(part.tensor.shape))
                 continue
             part.tensor.copy_(value.view(part.tensor.shape))
@@ -154,8 +159,11 @@ def load(
                 target, staged = part.copies_back
                 target.copy_(staged)
         for faces in bound.faces:
-            if faces in decoded:
-                faces.group.units.write(decoded[faces])
+            found = decoded.get(faces, {})
+            for number, window in enumerate(faces.windows):
+                if faces.group.units.holds(number, MASTER):
+                    found.setdefault((number, None, MASTER), window.weight().float())
+            faces.group.units.write(found)
         for group, saved, counters in zip(optimizer.param_groups, groups, bound.counters):
             # Whatever the codec that it was saved under, it loads into this one's.
             options = {key: value for key, value in saved["options"].items() if not key.endswith("_codec")}
@@ -194,8 +202,9 @@ def _check(reader: Reader, parts: list[_Part], groups: Any, optimizer: Any, name
             )
     if len(groups) != len(optimizer.param_groups):
         raise CheckpointError(f"the checkpoint has {len(groups)} groups, the optimizer {len(optimizer.param_groups)}")
-    known = set(reader.names())
-    wanted = {part.name for part in parts}
+    # Master weights that are there and not wanted are left; those that are wanted and not there are the parameters.
+    known = {name for name in reader.names() if not name.endswith(f"/{MASTER}")}
+    wanted = {part.name for part in parts if not part.name.endswith(f"/{MASTER}")}
     if known - wanted:
         raise CheckpointError(f"the checkpoint has {sorted(known - wanted)[:5]} besides ({len(known - wanted)} in all)")
     if wanted - known:
@@ -259,7 +268,7 @@ def _state_parts(name: str, key: str, state: State, number: int, faces: Faces) -
         yield _Part(name, (), (0, 1, 0, 1), faces.group.scalar_state(key).view(1, 1))
         return
     if state.kind == "like":
-        coded = (faces, number, key) if faces.group.units.holds(number, key) else None
+        coded = (faces, (number, None, key)) if faces.group.units.holds(number, key) else None
         flat = torch.empty(window.numel, device="meta") if coded else window.state.get(key)
         rects = layout.rects(index, max(len(layout.shape) - 1, 0))
         for rect in rects:
@@ -279,25 +288,29 @@ def _state_parts(name: str, key: str, state: State, number: int, faces: Faces) -
         whole: tuple[int, ...] = (starts[-1],) if logical.declared else (logical.count * rows, cols)
         yield _Part(name, whole, (0, 0, 0, 0), torch.empty((0, 0)))
         for matrix in range(logical.count):
-            tensor = faces.group.find_owner_state(number, matrix, key)
+            here = (number, matrix, key)
+            store = faces.group.units.owned.get(here)
+            tensor = torch.empty(store.shape, device="meta") if store else faces.group.find_owner_state(*here)
             if tensor is not None:
                 if logical.declared:  # shapes differ: one after the other, flat
-                    yield _Part(name, whole, (0, 1, starts[matrix], starts[matrix + 1]), tensor.view(1, -1))
+                    part = _Part(name, whole, (0, 1, starts[matrix], starts[matrix + 1]), tensor.view(1, -1))
                 else:
-                    yield _Part(name, whole, (matrix * rows, (matrix + 1) * rows, 0, cols), tensor)
+                    part = _Part(name, whole, (matrix * rows, (matrix + 1) * rows, 0, cols), tensor)
+                part.coded = (faces, here) if store else None
+                yield part
         return
     starts = logical.starts(state.kind)
     upright = state.kind != "col" and not logical.declared
     whole = (starts[-1], 1) if upright else (starts[-1],) if logical.declared else (logical.count, starts[1])
     yield _Part(name, whole, (0, 0, 0, 0), torch.empty((0, 0)))
     for matrix, a, b, at, saves in geometry_of(layout, logical).statistics(index, state.kind):
-        part, first = window.state[key][at : at + b - a], starts[matrix]
+        flat, first = window.state[key][at : at + b - a], starts[matrix]
         if upright:
-            yield _Part(name, whole, (first + a, first + b, 0, 1), part.view(-1, 1), saves=saves)
+            yield _Part(name, whole, (first + a, first + b, 0, 1), flat.view(-1, 1), saves=saves)
         elif logical.declared:
-            yield _Part(name, whole, (0, 1, first + a, first + b), part.view(1, -1), saves=saves)
+            yield _Part(name, whole, (0, 1, first + a, first + b), flat.view(1, -1), saves=saves)
         else:
-            yield _Part(name, whole, (matrix, matrix + 1, a, b), part.view(1, -1), saves=saves)
+            yield _Part(name, whole, (matrix, matrix + 1, a, b), flat.view(1, -1), saves=saves)
 
 
 def _strided(flat: Tensor, rows: int, cols: int, stride: int, offset: int) -> Tensor:

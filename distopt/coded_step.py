@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt.plan.tiles import CHUNK, GPU_CHUNK
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
 from distopt.state.coded import Span
@@ -25,16 +26,29 @@ class _Flat:
     def __init__(self, unit: Unit, grads: dict[int, Tensor], inert: set[int]) -> None:
         self.unit = unit
         self.idle = [unit.parts[i] for i in unit.members if i in inert]
-        weights = [window.weight() for window in unit.windows]
-        self.alone = len(weights) == 1
-        self.weight = weights[0] if self.alone else torch.cat([weight.float() for weight in weights])
+        self.alone = len(unit.members) == 1
+        self.weight = unit.windows[0].weight() if self.alone else torch.cat([unit.weight(i) for i in unit.members])
         self.grad = grads[unit.members[0]] if self.alone else torch.cat([grads[i].float() for i in unit.members])
+
+    def load(self, span: slice) -> Tensor:
+        """fp32 weights of a span."""
+        unit = self.unit
+        if self.alone and unit.master is not None and unit.rest is not None:
+            return unit.master.join(self.weight[span], unit.rest[span])
+        return self.weight[span].float()
+
+    def store(self, span: slice, value: Tensor) -> None:
+        """New fp32 weights of a span."""
+        unit = self.unit
+        if self.alone and unit.master is not None and unit.rest is not None:
+            value, unit.rest[span] = unit.master.split(value, self.weight.dtype)
+        self.weight[span].copy_(value)
 
     def write_back(self, inert: set[int]) -> None:
         """Give the parameters what was computed for them."""
         for i, window in zip(self.unit.members, self.unit.windows):
             if not self.alone and i not in inert:
-                window.weight().copy_(self.weight[self.unit.parts[i]])
+                self.unit.set_weight(i, self.weight[self.unit.parts[i]])
             window.finish()
 
 
@@ -66,7 +80,8 @@ def step_units(
     for unit, flat in active:
         for span, spans in _spans(unit):
             weight, new = _update(rule, h, flat, span, spans, scalars, observed)
-            flat.weight[span].copy_(weight)
+            if observed is None:
+                flat.store(span, weight)
             for name, value in new.items():
                 store = unit.stores[name]
                 store.encode(spans[name], value, agreed.get(id(store)), Key(units.plan.storage.seed, step, name))
@@ -75,8 +90,9 @@ def step_units(
 
 def _spans(unit: Unit) -> Iterator[tuple[slice, dict[str, Span]]]:
     """Runs of a unit's elements, with the span of each store."""
-    for spans in zip(*(store.spans for store in unit.stores.values()), strict=True):
-        yield spans[0].elements, dict(zip(unit.stores, spans))
+    chunk = GPU_CHUNK if unit.windows[0].param.is_cuda else CHUNK
+    for number, (_, _, start, stop) in enumerate(unit.tiles.spans(chunk)):
+        yield slice(start, stop), {name: store.spans[number] for name, store in unit.stores.items()}
 
 
 def _update(
@@ -90,7 +106,7 @@ def _update(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The rule on a span: new weights (the same where something is `observed`), new states."""
     view = StateView({**{name: flat.unit.stores[name].decode(of) for name, of in spans.items()}, **scalars})
-    grad, weight = flat.grad[span].float(), flat.weight[span].float()
+    grad, weight = flat.grad[span].float(), flat.load(span)
     if observed is None:
         value = rule.update(grad, weight, view, h)
     else:

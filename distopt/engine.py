@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distopt.comm.exchange import Exchange
@@ -18,12 +19,16 @@ from distopt.comm.reductions import Reductions
 from distopt.comm.routes import routes
 from distopt.comm.sums import Sums
 from distopt.matrix.triangle import pack, unpack
-from distopt.plan.build import IN_FLIGHT, Bucket, GroupPlan, Stack
+from distopt.plan.build import IN_FLIGHT, Bucket, Entry, GroupPlan, Stack
 from distopt.plan.strategies import Payload, is_tall, sides, slice_work
+from distopt.plan.tiles import Storage
 from distopt.plan.trace import Ask, Rounds, step_values
 from distopt.rule import Back, Reduction, Rule, Shape, StateView, Through, Whole
-from distopt.state.units import Units
-from distopt.state.windows import Window, allocate_stacks, no_extent, scaled, strided
+from distopt.state.coded import Coded
+from distopt.state.noise import Key
+from distopt.state.units import Unit, Units
+from distopt.state.windows import Slabs, Window, allocate_stacks, no_extent, scaled, strided
+from distopt.state.working import Working
 
 
 class BoundBucket:
@@ -38,40 +43,45 @@ class BoundBucket:
         domain: Domain,
         device: torch.device,
         rounds: Rounds,
+        storage: Storage,
     ) -> None:
         self.bucket, self.windows, self.domain, self.device = bucket, windows, domain, device
         self.gpu = device.type != "cpu"
-        self.slabs, self.owned_slabs = allocate_stacks(rule, bucket, windows, pieces, device)
+        self.slabs, self.owned_slabs = allocate_stacks(rule, bucket, windows, pieces, device, storage)
         self.reductions = Reductions(bucket, domain, device)
         self.rounds = rounds
         self.routes = routes(bucket, [window.spec.index for window in windows], domain) if bucket.exchanged else None
         self.sums = Sums(domain, [tuple(home.rank for home in entry.homes) for entry in bucket.entries])
+        self.closes: list[int] = []
+        """Parameters whose last bucket this is; set by the group."""
 
     def run(
         self,
         rule: Rule,
         step: int,
-        weights: list[Tensor],
         grads: list[Tensor],
         inert: set[int],
+        working: Working,
         scalars: dict[str, Tensor],
         share: float,
     ) -> Run:
         """One step: start every stack's generator, answer round by round, commit.
 
-        `scalars` are the states of the group; new values are put there, for the group to commit. `share` is one over the
-        number of copies of these parameters.
+        `working` decodes states that are stored as codes. `scalars` are the states of the group; new values are put
+        there, for the group to commit. `share` is one over the number of copies of these parameters.
         """
         bucket = self.bucket
         before = dict(scalars)
         runs: list[Generator[Any, Any, Tensor]] = []
         views: list[StateView] = []
         for stack, slabs in zip(bucket.stacks, self.slabs):
-            views.append(StateView({**slabs.tensors, **before}))
+            lying = self._lying(stack, slabs, working)
+            views.append(StateView({**slabs.tensors, **_decoded(slabs), **lying, **before}))
             h = step_values(rule, step, stack.shape, self.gpu, stack.turns)
+            weights = {piece.param: working.weight(piece.param) for piece in stack.pieces}
             runs.append(rule.update(_load(grads, stack), _load(weights, stack), views[-1], h))
         for group, slabs in zip(bucket.owned, self.owned_slabs):
-            views.append(StateView(slabs.tensors))
+            views.append(StateView({**slabs.tensors, **_decoded(slabs)}))
             nothing = torch.empty((0, group.shape.rows, group.shape.cols), device=self.device)
             h = step_values(rule, step, group.shape, self.gpu, group.turns)
             runs.append(rule.update(nothing, nothing, views[-1], h))
@@ -97,20 +107,33 @@ class BoundBucket:
         assert len(values) == len(runs)
         for view in views:
             scalars.update({name: view.new[name] for name in before if name in view.new})
-        self._commit(views, inert)
+        self._commit(views, inert, working)
         for stack, value in zip(bucket.stacks, values):
             for item, piece in enumerate(stack.pieces):
                 if piece.param not in inert:
-                    _view(weights[piece.param], piece.rect).copy_(value[item])
+                    _view(working.weight(piece.param), piece.rect).copy_(value[item])
+        yield from self.close(inert, working)
 
-    def observe(self, rule: Rule, name: str, step: int, values: list[Tensor], inert: set[int]) -> None:
+    def close(self, inert: set[int], working: Working) -> Generator[dist.Work | None, None, None]:
+        """Store the coded states of the parameters whose last bucket this is."""
+        yield from working.close([number for number in self.closes if number not in inert], self.domain, self.device)
+
+    def _lying(self, stack: Stack, slabs: Slabs, working: Working) -> dict[str, Tensor]:
+        """The coded states of a stack that lie as its pieces do, decoded."""
+        params = {piece.param for piece in stack.pieces}
+        names = [name for name, kind in slabs.kinds.items() if kind == "like" and name not in slabs.tensors]
+        return {name: _load({param: working.state(param, name) for param in params}, stack) for name in names}
+
+    def observe(
+        self, rule: Rule, name: str, step: int, values: list[Tensor], inert: set[int], working: Working
+    ) -> None:
         """Hand every piece its part of an observation, and commit what the rule makes of it."""
         views: list[StateView] = []
         for stack, slabs in zip(self.bucket.stacks, self.slabs):
-            views.append(StateView(slabs.tensors))
+            views.append(StateView({**slabs.tensors, **_decoded(slabs), **self._lying(stack, slabs, working)}))
             value = _load(values, stack) if rule.observes[name] == "like" else self._rows(values, stack)
             rule.observe(name, value, views[-1], step_values(rule, step, stack.shape, self.gpu, stack.turns))
-        self._commit(views, inert)
+        self._commit(views, inert, working)
 
     def _rows(self, values: list[Tensor], stack: Stack) -> Tensor:
         """The stack's part (k, rows, 1) of one number per row of each parameter."""
@@ -223,18 +246,26 @@ class BoundBucket:
             return torch.stack(parts).amax().view(1)
         return (share * sum((part.sum() for part in parts), torch.zeros((), device=self.device))).view(1)
 
-    def _commit(self, views: list[StateView], inert: set[int]) -> None:
+    def _commit(self, views: list[StateView], inert: set[int], working: Working) -> None:
         """Write new states; those of parameters without a gradient anywhere stay as they were."""
         bucket = self.bucket
         for stack, slabs, view in zip(bucket.stacks, self.slabs, views):
             kept = [piece.param not in inert for piece in stack.pieces]
             for name, new in view.new.items():
-                if name in slabs.tensors:
+                if name in slabs.coded:
+                    _encode(slabs.coded[name], new, kept, working.key(name))
+                elif name in slabs.tensors:
                     _write(slabs.tensors[name], new, kept)
+                elif slabs.kinds[name] == "like":
+                    for item, (piece, keep) in enumerate(zip(stack.pieces, kept)):
+                        if keep:
+                            _view(working.state(piece.param, name), piece.rect).copy_(new[item])
         for group, slabs, view in zip(bucket.owned, self.owned_slabs, views[len(bucket.stacks) :]):
             kept = [bucket.entries[number].param not in inert for number in group.entries]
             for name, new in view.new.items():
-                if slabs.kinds[name] == "owner":
+                if name in slabs.coded:
+                    _encode(slabs.coded[name], new, kept, working.key(name))
+                elif slabs.kinds[name] == "owner":
                     _write(slabs.tensors[name], new, kept)
 
 
@@ -245,7 +276,18 @@ def _settled(matrices: Tensor) -> Tensor:
     return matrices if aligned else matrices.clone(memory_format=torch.contiguous_format)
 
 
-def _load(flats: list[Tensor], stack: Stack) -> Tensor:
+def _decoded(slabs: Slabs) -> dict[str, Tensor]:
+    """The coded states of owner kind as stacks (k, rows, cols)."""
+    return {name: torch.stack([store.matrix() for store in stores]) for name, stores in slabs.coded.items()}
+
+
+def _encode(stores: list[Coded], new: Tensor, kept: list[bool], key: Key) -> None:
+    for store, value, keep in zip(stores, new, kept):
+        if keep:
+            store.write(value.reshape(-1), None, key)
+
+
+def _load(flats: list[Tensor] | dict[int, Tensor], stack: Stack) -> Tensor:
     """The stack (k, rows, cols) in fp32: a view where one can be had."""
     if len({piece.param for piece in stack.pieces}) == 1:
         found = strided(flats[stack.pieces[0].param], stack).float()
@@ -293,13 +335,21 @@ class BoundGroup:
             found.sort(key=lambda piece: piece.rect.offset)
         self.buckets = [
             BoundBucket(
-                bucket, plan.rule, windows, pieces, domains[bucket.ranks], device, plan.rounds(bucket.entries[0].shape)
+                bucket,
+                plan.rule,
+                windows,
+                pieces,
+                domains[bucket.ranks],
+                device,
+                plan.rounds(bucket.entries[0].shape),
+                plan.storage,
             )
             for bucket in plan.buckets
         ]
-        if plan.storage.codecs:
-            raise ValueError(f"state_codec: {type(plan.rule).__name__} is not elementwise and keeps fp32 states so far")
-        self.units = Units(plan, [], domains, device)
+        self.units = Units(plan, self._make_units(domains), domains, device, self._find_coded_states())
+        last = {entry.param: bound for bound in self.buckets for entry in bound.bucket.entries}
+        for number, closing in last.items():
+            closing.closes.append(number)
         states = plan.rule.states(Shape(8, 8))
         self.scalars = {
             name: torch.full((1, 1, 1), float(state.fill), device=device)
@@ -319,6 +369,18 @@ class BoundGroup:
             for name, state in plan.rule.states(entry.shape).items()
             if state.limit is not None and (entry.param, entry.matrix) in self._owner_states
         ]
+
+    def _make_units(self, domains: Domains) -> list[Unit]:
+        """The stores of states that are coded and lie as their parameters do, one unit per parameter."""
+        units = []
+        for number, window in enumerate(self.windows):
+            layout, rule, storage = window.spec.layout, self.plan.rule, self.plan.storage
+            shapes = self.plan.logical(number).shapes
+            states = rule.states(shapes[0]) if shapes else {}
+            lying = {name: s for name, s in states.items() if s.kind == "like" and storage.codec(name, s, layout.shape)}
+            if lying or storage.mastered(window.spec.itemsize):
+                units.append(Unit(self.plan, self.windows, [number], lying, domains[layout.ranks]))
+        return units
 
     def collect(self, missing: set[int]) -> list[tuple[Tensor, int]]:
         """The gradients, flat (zero where missing), with the number of ranks that hold one copy of each."""
@@ -344,7 +406,7 @@ class BoundGroup:
 
     def runs(self, rule: Rule, step: int, inert: set[int], union: Domain, *, final: bool) -> Iterator[Run]:
         """The runs of the buckets; `finish` after the last one."""
-        weights = [window.weight() for window in self.windows]
+        working = Working(self.units, self.windows, step)
         scalars = dict(self.scalars)
         if final:
             self._next = scalars
@@ -352,7 +414,7 @@ class BoundGroup:
             # Buckets without a parameter that steps are left out; the same ones on every rank.
             if not all(entry.param in inert for entry in bucket.bucket.entries):
                 share = len(bucket.bucket.ranks) / union.size
-                yield bucket.run(rule, step, weights, self._grads, inert, scalars, share)
+                yield bucket.run(rule, step, self._grads, inert, working, scalars, share)
 
     def finish(self) -> None:
         """Write back what the runs left behind."""
@@ -363,8 +425,12 @@ class BoundGroup:
 
     def observe(self, rule: Rule, name: str, step: int, values: list[Tensor] | None, inert: set[int]) -> None:
         """Feed an observation to the rule: `values` per parameter, or what was last collected."""
+        working = Working(self.units, self.windows, step)
         for bound in self.buckets:
-            bound.observe(rule, name, step, self._grads if values is None else values, inert)
+            bound.observe(rule, name, step, self._grads if values is None else values, inert, working)
+            for work in bound.close(inert, working):
+                if work is not None:
+                    work.wait()
 
     def alarm(self) -> str | None:
         """What must stop training: a state that counts failures is above its limit. Reads a few numbers of the device."""
@@ -381,7 +447,9 @@ class BoundGroup:
         return None
 
     def owner_state(self, param: int, matrix: int, name: str) -> Tensor:
-        """A state (rows, cols) of a matrix that is computed on this rank."""
+        """A state (rows, cols) of a matrix that is computed on this rank: the state itself, or what it decodes to."""
+        if (param, matrix, name) in self.units.owned:
+            return self.units.owned[param, matrix, name].matrix()
         return self._owner_states[param, matrix][name]
 
     def find_owner_state(self, param: int, matrix: int, name: str) -> Tensor | None:
@@ -392,8 +460,8 @@ class BoundGroup:
         """A state of the group, 0-D."""
         return self.scalars[name].view(())
 
-    def _find_owner_states(self) -> dict[tuple[int, int], dict[str, Tensor]]:
-        found: dict[tuple[int, int], dict[str, Tensor]] = {}
+    def _homes(self) -> Iterator[tuple[Entry, int, Slabs]]:
+        """The matrices that are computed here, with the slabs of their states and their place in them."""
         for bound in self.buckets:
             entries = bound.bucket.entries
             homes = [
@@ -404,11 +472,22 @@ class BoundGroup:
                 homes = [(list(owned.entries), slabs) for owned, slabs in zip(bound.bucket.owned, bound.owned_slabs)]
             for numbers, slabs in homes:
                 for item, number in enumerate(numbers):
-                    entry = entries[number]
-                    found[entry.param, entry.matrix] = {
-                        name: tensor[item] for name, tensor in slabs.tensors.items() if slabs.kinds[name] == "owner"
-                    }
-        return found
+                    yield entries[number], item, slabs
+
+    def _find_owner_states(self) -> dict[tuple[int, int], dict[str, Tensor]]:
+        return {
+            (entry.param, entry.matrix): {
+                name: tensor[item] for name, tensor in slabs.tensors.items() if slabs.kinds[name] == "owner"
+            }
+            for entry, item, slabs in self._homes()
+        }
+
+    def _find_coded_states(self) -> dict[tuple[int, int, str], Coded]:
+        return {
+            (entry.param, entry.matrix, name): stores[item]
+            for entry, item, slabs in self._homes()
+            for name, stores in slabs.coded.items()
+        }
 
     def barriers(self) -> list[tuple[str, int]]:
         """The (operation, values) of optimizer scope that its rule asks for in a step, in order. Groups that ask must run

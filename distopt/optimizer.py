@@ -65,6 +65,9 @@ class Optimizer(torch.optim.Optimizer):
             or "int4"; or a dict of these by state, the others fp32. Coded are the states that lie element for element as
             the parameter does, or are matrices, of parameters of 1,024 elements or more; all layouts store the same codes.
             State dicts and checkpoints hold fp32 and load under any codec; under the same one nothing is lost.
+        master_codec: what is kept of fp32 weights beside bfloat16 and float16 parameters: "fp32" (a copy), "bits16" (2 bytes:
+            with bfloat16 the same weights, bit for bit), "bits8" (1 byte: 24 bits of each weight), or, as torch does,
+            "none": then updates below half an ulp of a parameter are lost. See `master_state_dict`.
         rounding_seed: of stochastic rounding, whose random bits depend on it, the step, the state and the element.
         strategy: where matrices that no rank holds whole are computed. "auto" lets a cost model choose; "owner" (each by
             one rank), "gather" (by every rank), "gram" (by all that hold some of it, which sum Gram matrices: rounding
@@ -304,6 +307,24 @@ class Optimizer(torch.optim.Optimizer):
             return super().state_dict()
         finally:
             bound.state = live
+
+    def master_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """The model's state dict with fp32 weights: the master weights where they are kept, else the parameters cast. Under
+        FSDP2 they are DTensors that lie as the parameters do.
+
+        Args:
+            model: whose parameters this optimizer has.
+        """
+        bound = self._bind()
+        reshard(model)
+        fp32 = {id(param): weight for param, weight in bound.master_weights()}
+        named = dict(model.named_parameters(remove_duplicate=False))
+        found: dict[str, Any] = {}
+        for name, value in model.state_dict().items():
+            param = named.get(name)
+            kept = param is not None and param.is_floating_point()
+            found[strip_prefixes(name)] = fp32.get(id(param), value.float()) if kept else value
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of torch.optim's class of the same rule. Values keep fp32; parameters are

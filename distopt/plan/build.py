@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from distopt.plan.cost import CPU, H100, Rates
 from distopt.plan.geometry import Geometry, Logical, geometry_of, logical_of
 from distopt.plan.owners import Load, assign_owners
 from distopt.plan.strategies import Home, Strategy, check_strategy, held, is_tall
-from distopt.plan.tiles import Storage
+from distopt.plan.tiles import LEAST, Storage
 from distopt.plan.trace import Rounds, Trace, trace
 from distopt.rule import Rule, Shape
 
@@ -384,7 +385,7 @@ def _chunks(entries: list[Entry], ranks: int, *, together: bool = False) -> Iter
 def _bucket(
     specs: Sequence[Spec], rule: Rule, ranks: tuple[int, ...], entries: list[Entry], rank: int, strategy: str
 ) -> Bucket:
-    alike: dict[tuple[Shape, tuple[int, ...], int, int, int, int, Any], list[Piece]] = defaultdict(list)
+    alike: dict[tuple[Shape, tuple[int, ...], bool, int, int, int, int, Any], list[Piece]] = defaultdict(list)
     for number, entry in enumerate(entries):
         index = specs[entry.param].index
         held = entry.geometry.pieces(index)
@@ -393,7 +394,8 @@ def _bucket(
             # Pieces of several parameters are stacked only where each is all that its parameter has here: then their
             # states share one slab, and nothing is copied.
             siblings = None if alone else (entry.param, rect.stride, rect.step)
-            key = (entry.shape, entry.turns, rect.r0, rect.r1, rect.c0, rect.c1, siblings)
+            coded = prod(entry.geometry.layout.shape) >= LEAST
+            key = (entry.shape, entry.turns, coded, rect.r0, rect.r1, rect.c0, rect.c1, siblings)
             alike[key].append(Piece(number, entry.param, rect))
     stacks = []
     for (shape, turns, *_, siblings), pieces in alike.items():

@@ -22,7 +22,8 @@ from distopt.plan.build import BUCKET_BYTES, IN_FLIGHT, Bucket, Entry, GroupPlan
 from distopt.plan.cost import Rates
 from distopt.plan.fields import fields_of
 from distopt.plan.geometry import Geometry, geometry_of, logical_of
-from distopt.plan.report import agreement_bytes, asked_bytes, ordinary_rounds, state_bytes, travelling_elements
+from distopt.plan.held import agreement_bytes, state_bytes
+from distopt.plan.report import asked_bytes, ordinary_rounds, travelling_elements
 from distopt.plan.strategies import sides, slice_work
 from distopt.plan.trace import Footprint, footprint, trace
 from distopt.rule import Shape

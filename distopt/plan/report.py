@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
-from distopt.layouts.base import Layout, Plain
-from distopt.plan.build import Bucket, GroupPlan, Stack
+from distopt.plan.build import Bucket, GroupPlan
 from distopt.plan.fields import fields_of
+from distopt.plan.held import agreement_bytes, state_bytes
 from distopt.plan.strategies import held, sides, slice_work
-from distopt.plan.tiles import coded_bytes, join_tiles, local_tiles, shared_tiles
 from distopt.plan.trace import Ask, Rounds
 from distopt.rule import Shape
 
@@ -245,72 +244,6 @@ def gather_bytes(plan: GroupPlan) -> tuple[int, int]:
             sent += spec.itemsize * mine * (len(cuts) - 2)
             received += spec.itemsize * (cuts[-1] - mine)
     return sent, received
-
-
-def state_bytes(plan: GroupPlan) -> tuple[int, int]:
-    """(here, on one process that holds everything) bytes of states."""
-    if plan.elementwise:
-        whole = [Plain(spec.layout.shape, (0,)) for spec in plan.specs]
-        return (
-            _elementwise_bytes(plan, [(spec.layout, spec.index) for spec in plan.specs]),
-            _elementwise_bytes(plan, [(layout, 0) for layout in whole]),
-        )
-    here = total = 0
-    for bucket in plan.buckets:
-        for stack in bucket.stacks:
-            here += sum(_stack_bytes(plan, bucket, stack))
-        for owned in bucket.owned:
-            here += len(owned.entries) * _entry_bytes(plan, owned.shape, owners=True)
-    for number in range(len(plan.specs)):
-        for shape, count in Counter(plan.logical(number).shapes).items():
-            total += count * (_entry_bytes(plan, shape, owners=True) + _entry_bytes(plan, shape, owners=False))
-    return here, total
-
-
-def _elementwise_bytes(plan: GroupPlan, homes: list[tuple[Layout, int]]) -> int:
-    states = plan.rule.states(Shape(1, 1, 1))
-    exact = [home for home in homes if not plan.storage.coded(states, home[0].shape)]
-    numel = sum(rect.numel for layout, index in exact for rect in layout.rects(index, max(len(layout.shape) - 1, 0)))
-    found = 4 * len(states) * numel
-    for members in plan.storage.pack([layout for layout, _ in homes], states):
-        parts = [local_tiles(*homes[i]) for i in members]
-        tiles = join_tiles(parts, [0] * len(parts))
-        for name, state in states.items():
-            codec = plan.storage.codec(name, state, homes[members[0]][0].shape)
-            found += coded_bytes(codec, tiles, plan.gpu) if codec else 4 * tiles.numel
-    return found
-
-
-def agreement_bytes(plan: GroupPlan) -> int:
-    """Bytes, either way, of the reduction in which ranks agree on the scales of tiles that an edge of a shard cuts."""
-    if not plan.elementwise:
-        return 0
-    slots = 0
-    for spec in plan.specs:
-        codecs = [
-            plan.storage.codec(name, s, spec.layout.shape) for name, s in plan.rule.states(Shape(1, 1, 1)).items()
-        ]
-        slots += sum(len(shared_tiles(spec.layout)) for codec in codecs if codec and codec.scaled)
-    return 4 * slots
-
-
-def _stack_bytes(plan: GroupPlan, bucket: Bucket, stack: Stack) -> list[int]:
-    k, rows, cols = stack.size
-    size = {"like": rows * cols, "row": rows, "col": cols, "matrix": 1, "group": 0}
-    return [
-        4
-        * k
-        * (size[state.kind] if state.kind != "owner" else state.shape[0] * state.shape[1] * (not bucket.exchanged))
-        for state in plan.rule.states(stack.shape).values()
-    ]
-
-
-def _entry_bytes(plan: GroupPlan, shape: Shape, *, owners: bool) -> int:
-    size = {"like": shape.numel, "row": shape.rows, "col": shape.cols, "matrix": 1, "group": 0}
-    states = plan.rule.states(shape).values()
-    if owners:
-        return sum(4 * state.shape[0] * state.shape[1] for state in states if state.kind == "owner")
-    return sum(4 * size[state.kind] for state in states if state.kind != "owner")
 
 
 def _size(numbytes: float) -> str:

@@ -34,36 +34,40 @@ faster than whole tensors at 30M elements); on a GPU they fill it, and no copy o
 @dataclass
 class Storage:
     """How the states of a group are stored: the codec of signed states and of others, by name ("" for the rest; none:
-    fp32 all of them), and the seed of
-    stochastic rounding."""
+    fp32 all of them), the seed of
+    stochastic rounding, and what keeps the rest of fp32 weights beside parameters of lower precision."""
 
     codecs: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     seed: int = 0
+    master: Any = None
 
     def codec(self, name: str, state: State, shape: tuple[int, ...]) -> Any:
         """The codec of a state of a parameter of this global shape; None: fp32. Statistics, which are few, stay fp32, and
         so do copies of the weights, whose rounding would be the weights' own."""
         found = self.codecs.get(name, self.codecs.get(""))
-        if state.fill == "weight":
-            return None
-        if found is None or state.kind not in ("like", "owner") or prod(shape) < LEAST:
-            return None
-        if state.kind == "owner" and prod(state.shape) < LEAST:
+        size = {"like": prod(shape), "owner": prod(state.shape)}
+        if found is None or state.fill == "weight" or size.get(state.kind, 0) < LEAST:
             return None
         return found[0 if state.signed else 1]
 
-    def coded(self, states: Mapping[str, State], shape: tuple[int, ...]) -> bool:
-        """Whether a parameter of this shape has any state that is not fp32."""
-        return any(self.codec(name, state, shape) for name, state in states.items())
+    def coded(self, states: Mapping[str, State], shape: tuple[int, ...], itemsize: int) -> bool:
+        """Whether a parameter of this shape, with elements of so many bytes, has any state that is not fp32."""
+        return self.mastered(itemsize) or any(self.codec(name, state, shape) for name, state in states.items())
 
-    def pack(self, layouts: Sequence[Layout], states: Mapping[str, State]) -> Iterator[list[int]]:
+    def mastered(self, itemsize: int) -> bool:
+        """Whether there is a rest of fp32 weights to keep."""
+        return self.master is not None and itemsize < 4
+
+    def pack(
+        self, layouts: Sequence[Layout], itemsizes: Sequence[int], states: Mapping[str, State]
+    ) -> Iterator[list[int]]:
         """Numbers of the parameters with coded states, those together whose codes lie together: small ones of the same
         ranks and codecs. It goes by global sizes, so that all ranks pack alike."""
         together: dict[object, list[int]] = {}
         for i, layout in enumerate(layouts):
-            if self.coded(states, layout.shape):
+            if self.coded(states, layout.shape, itemsizes[i]):
                 codecs = tuple(self.codec(name, state, layout.shape) for name, state in states.items())
-                alike = (tuple(sorted(layout.ranks)), codecs) if prod(layout.shape) < SMALL else i
+                alike = (tuple(sorted(layout.ranks)), itemsizes[i], codecs) if prod(layout.shape) < SMALL else i
                 together.setdefault(alike, []).append(i)
         yield from together.values()
 
@@ -154,8 +158,9 @@ def join_tiles(parts: list[Tiles], slots: list[int]) -> Tiles:
     )
 
 
+@lru_cache(maxsize=4096)
 def whole_tiles(rows: int, cols: int) -> Tiles:
-    """The tiles of whole rows; a single column counts as a row."""
+    """The tiles of whole rows, such as those of a matrix that lives with its owner; a single column counts as a row."""
     rows, cols = (1, rows) if cols == 1 else (rows, cols)
     row = [BLOCK] * (cols // BLOCK) + [cols % BLOCK] * (cols % BLOCK > 0)
     lengths = np.tile(np.asarray(row, np.int32), rows) if cols % BLOCK else None

@@ -41,12 +41,19 @@ class Agreed:
 
 
 class Coded:
-    """See the module. `starts` has the number of each tile's first element in the group, where rounding is stochastic."""
+    """See the module. `starts` has the number of each tile's first element in the group, where rounding is stochastic;
+    `shape` is that of `matrix()`."""
 
     def __init__(
-        self, codec: Codec, tiles: Tiles, device: torch.device, fill: float = 0.0, starts: np.ndarray | None = None
+        self,
+        codec: Codec,
+        tiles: Tiles,
+        device: torch.device,
+        fill: float = 0.0,
+        starts: np.ndarray | None = None,
+        shape: tuple[int, ...] = (-1,),
     ) -> None:
-        self.codec, self.tiles = codec, tiles
+        self.codec, self.tiles, self.shape = codec, tiles, shape
         self.spans: list[Span] = []
         items = 0
         for t0, t1, e0, e1 in tiles.spans(CHUNK if device.type == "cpu" else GPU_CHUNK):
@@ -101,6 +108,10 @@ class Coded:
         """All values in fp32, flat."""
         parts = [self.decode(span) for span in self.spans]
         return torch.cat(parts) if parts else torch.empty(0, device=self.stored.device)
+
+    def matrix(self) -> Tensor:
+        """All values in fp32, in their shape."""
+        return self.read().view(self.shape)
 
     def write(self, values: Tensor, agreed: Agreed | None, key: Key) -> None:
         """Store all values (fp32, flat)."""

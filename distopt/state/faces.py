@@ -26,7 +26,10 @@ from distopt.layouts.dtensor import Axis
 from distopt.plan.build import Entry
 from distopt.plan.geometry import Logical, geometry_of
 from distopt.rule import State
+from distopt.state.units import MASTER
 from distopt.state.windows import Window
+
+Route = tuple[Exchange, list[tuple[int, str, int]], list[Tensor], list[tuple[int, int, str]]]
 
 
 class Faces:
@@ -48,7 +51,8 @@ class Faces:
         found: dict[str, State] = {}
         for shape in self.logical(number).kinds:
             found = {**self.rule.states(shape), **found}
-        return found
+        mastered = self.group.plan.storage.mastered(self.windows[number].spec.itemsize)
+        return {**found, MASTER: State()} if mastered else found
 
     def travels(self, number: int, state: State) -> bool:
         """Whether this state lives with an owner that is chosen among several ranks, or is one of several matrices that
@@ -117,11 +121,29 @@ class Faces:
         ]
         return _dtensor(window.state[name].view(local), param, placements, face)
 
-    def _like(self, window: Window, flat: Tensor) -> Tensor:
-        """The face of a state that lies as the parameter does."""
-        param, shape = window.param, window.spec.layout.shape
+    def face(self, number: int, name: str) -> Tensor:
+        """A state that is stored as codes where its parameter lies, in fp32; a snapshot."""
+        value = self.group.units.read(number, None, name)
+        return self._whole_face(number, name, value)
+
+    def parameter(self, number: int) -> Tensor:
+        """The face of a parameter itself, in fp32."""
+        return self._whole_face(number, MASTER, self.windows[number].weight().float())
+
+    def is_coded_here(self, number: int, name: str) -> bool:
+        """Whether this rank stores its part of a state as codes, and lies where the parameter does."""
+        return self.group.units.holds(number, name) and not self.travels(number, self.declared(number)[name])
+
+    def _whole_face(self, number: int, name: str, flat: Tensor | None) -> Tensor:
+        """The face of a coded state that lies where the parameter does, whole or as the parameter is cut; None: without
+        values."""
+        window, shape, state = self.windows[number], self.face_shape(number, name), self.declared(number)[name]
+        param = window.param
+        if flat is None:
+            flat = torch.empty(prod(shape) if state.kind == "owner" else window.numel, device="meta")
         if isinstance(param, DTensor) and not isinstance(window.spec.layout, Partition):
-            return _dtensor(flat.view(param._local_tensor.shape), param, list(param.placements), shape)
+            local = shape if state.kind == "owner" else param._local_tensor.shape
+            return _dtensor(flat.view(local), param, list(param.placements), shape)
         return flat.view(shape) if flat.numel() == prod(shape) and not hasattr(param, "_distopt_flat") else flat
 
     def placeholders(self, number: int) -> dict[str, Tensor]:
@@ -135,8 +157,7 @@ class Faces:
             elif self.gathers(number, state):
                 found[name] = self._as_face(number, name, torch.empty(self.face_shape(number, name), device="meta"))
             elif self.group.units.holds(number, name):
-                window = self.windows[number]
-                found[name] = self._like(window, torch.empty(window.numel, device="meta"))
+                found[name] = self._whole_face(number, name, None)
         return found
 
     def fill(self) -> dict[int, dict[str, Tensor]]:
@@ -147,17 +168,16 @@ class Faces:
         for number, name, value in self._gathered():
             found.setdefault(number, {})[name] = self._as_face(number, name, value)
         like = torch.empty(0, device=self.group.device)
-        for exchange, locals_, owned in self._travelling():
+        for exchange, locals_, owned, _ in self._travelling():
             faces = [torch.zeros((1, 1, numel), device=self.group.device) for _, _, numel in locals_]
             for work in exchange.backward(owned, faces, like):
                 work.wait()
             for (number, name, _), face in zip(locals_, faces):
                 found.setdefault(number, {})[name] = self._as_face(number, name, face)
-        for number, window in enumerate(self.windows):
+        for number in range(len(self.windows)):
             for name in self.declared(number):
-                if self.group.units.holds(number, name):
-                    value = self.group.units.read(number, name)
-                    found.setdefault(number, {})[name] = self._like(window, value)
+                if self.is_coded_here(number, name):
+                    found.setdefault(number, {})[name] = self.face(number, name)
         return found
 
     def _gathered(self) -> Iterator[tuple[int, str, Tensor]]:
@@ -232,17 +252,17 @@ class Faces:
         stays as it is."""
         units = self.group.units
         named = ((number, name, value) for number, found in values.items() for name, value in found.items())
-        units.write({(number, name): value for number, name, value in named if units.holds(number, name)})
+        units.write({(number, None, name): value for number, name, value in named if self.is_coded_here(number, name)})
         for number, found in values.items():
             for name, state in self.declared(number).items():
                 if name in found and self.gathers(number, state):
                     for start, view, _ in self._statistics(number, name, state):
                         view.copy_(found[name][start : start + len(view)])
         routes = list(self._travelling())
-        wanted = {(number, name) for _, locals_, _ in routes for number, name, _ in locals_}
+        wanted = {(number, name) for _, locals_, _, _ in routes for number, name, _ in locals_}
         live = self.fill() if any(name not in values.get(number, {}) for number, name in wanted) else {}
         like = torch.empty(0, device=self.group.device)
-        for exchange, locals_, owned in routes:
+        for exchange, locals_, owned, keys in routes:
             sources = []
             for number, name, _ in locals_:
                 found = values.get(number, {})
@@ -250,6 +270,7 @@ class Faces:
                 sources.append(value.to(like).reshape(1, 1, -1))
             for work in exchange.forward(sources, owned, like):
                 work.wait()
+            units.write({key: value for key, value in zip(keys, owned) if key in units.owned})
 
     def _as_face(self, number: int, name: str, face: Tensor) -> Tensor:
         window = self.windows[number]
@@ -268,23 +289,22 @@ class Faces:
         axes = layout.axes if isinstance(layout, Sharded) else (Axis(len(layout.ranks), 0),)
         return Sharded(self.face_shape(number, name), layout.ranks, tuple(Axis(axis.size, 0) for axis in axes))
 
-    def _travelling(self) -> Iterator[tuple[Exchange, list[tuple[int, str, int]], list[Tensor]]]:
+    def _travelling(self) -> Iterator[Route]:
         """Per domain and state name: the routes between owners and faces, (parameter, name, elements) of each local face,
-        and the owned matrices, flat (1, 1, elements)."""
+        the owned matrices, flat (1, 1, elements), and whose they are: parameter, matrix, name."""
         for ranks, entries in sorted(self.group.plan.homes.items()):
             states = {param: self.declared(param) for param in {entry.param for entry in entries}}
             names = {n for param, found in states.items() for n, state in found.items() if self.travels(param, state)}
             for name in sorted(names):
                 yield self._route(self.domains[ranks], [e for e in entries if name in states[e.param]], name)
 
-    def _route(
-        self, domain: Any, entries: list[Entry], name: str
-    ) -> tuple[Exchange, list[tuple[int, str, int]], list[Tensor]]:
+    def _route(self, domain: Any, entries: list[Entry], name: str) -> Route:
         pieces: list[list[Segment]] = [[] for _ in range(domain.size)]
         owned: list[list[Segment]] = [[] for _ in range(domain.size)]
         locals_: list[tuple[int, str, int]] = []
         position: dict[int, int] = {}
         tensors: list[Tensor] = []
+        keys: list[tuple[int, int, str]] = []
         starts: dict[int, list[int]] = {}
         chunks: dict[int, list[tuple[int, int]]] = {}
         for entry in entries:
@@ -306,7 +326,8 @@ class Faces:
                     owned[peer].append(Segment(len(tensors), 0, 0, 1, a - first, b - first))
             if entry.owner == domain.me and first < last:
                 tensors.append(self.group.owner_state(param, entry.matrix, name).view(1, 1, -1))
-        return Exchange(domain, pieces, owned), locals_, tensors
+                keys.append((param, entry.matrix, name))
+        return Exchange(domain, pieces, owned), locals_, tensors, keys
 
     def _chunks(self, number: int, name: str) -> list[tuple[int, int]]:
         """The elements of a whole state, flattened, that each rank's face has."""

@@ -16,6 +16,7 @@ from distopt.layouts import Sharded, local_tensor
 from distopt.plan.geometry import READING
 from distopt.state.counters import Counters
 from distopt.state.faces import Faces
+from distopt.state.units import MASTER
 from distopt.state.windows import Window
 
 Write = Callable[[], None]
@@ -156,6 +157,11 @@ def _check_parameter(
     declared = faces.declared(position)
     if 0 in faces.windows[position].spec.layout.shape:
         return []
+    if MASTER in declared and MASTER not in found:
+        # A state dict without master weights (torch's, or of master_codec="none"): they are the parameter's.
+        found = {**found, MASTER: faces.parameter(position)}
+    if MASTER not in declared:
+        found = {key: value for key, value in found.items() if key != MASTER}
     if set(found) - set(declared) or set(declared) - set(found):
         raise ValueError(
             f"{name!r}: the state dict has states {sorted(found)}, {type(faces.rule).__name__} keeps {sorted(declared)}"

@@ -17,10 +17,14 @@ from distopt.plan.tiles import join_tiles, local_tiles, shared_tiles, tile_start
 from distopt.rule import State
 from distopt.state.codecs import FP32, Codec
 from distopt.state.coded import Agreed, Coded, agree
+from distopt.state.master import Master
 from distopt.state.noise import Key
 from distopt.state.windows import Window
 
-Values = dict[tuple[int, str], Tensor]
+MASTER = "master"
+"""What state dicts call fp32 weights beside parameters of lower precision."""
+Values = dict[tuple[int, int | None, str], Tensor]
+"""By parameter number, matrix (None: of the whole parameter) and name."""
 
 
 class Unit:
@@ -30,6 +34,7 @@ class Unit:
         members: their numbers in the group.
         parts: where each lies among the unit's elements.
         stores: by state name.
+        master, rest: how what parameters of lower precision lack of fp32 weights is kept, and that; or None.
     """
 
     def __init__(
@@ -43,34 +48,71 @@ class Unit:
         self.slots: dict[str, int] = {}
         specs = [window.spec for window in self.windows]
         first = self.windows[0]
+        slots = [len(shared_tiles(spec.layout)) for spec in specs]
+        self.tiles = join_tiles([local_tiles(spec.layout, spec.index) for spec in specs], slots)
+        self.master: Master | None = plan.storage.master if plan.storage.mastered(first.spec.itemsize) else None
+        self.rest: Tensor | None = None
+        if self.master is not None:
+            weights = torch.cat([window.weight() for window in self.windows])
+            self.rest = self.master.split(weights.float(), weights.dtype)[1].clone()
         firsts = list(accumulate((prod(spec.layout.shape) for spec in plan.specs), initial=0))
         for name, state in states.items():
             codec: Codec = plan.storage.codec(name, state, first.spec.layout.shape) or FP32()
-            slots = [len(shared_tiles(spec.layout)) if codec.scaled else 0 for spec in specs]
-            tiles = join_tiles([local_tiles(spec.layout, spec.index) for spec in specs], slots)
             starts = None
             if codec.stochastic:
                 starts = np.concatenate([tile_starts(s.layout, s.index) + firsts[i] for s, i in zip(specs, members)])
             fill = 0.0 if state.fill == "weight" else state.fill
-            store = self.stores[name] = Coded(codec, tiles, first.param.device, fill, starts)
+            store = self.stores[name] = Coded(codec, self.tiles, first.param.device, fill, starts)
             if state.fill == "weight":
                 store.write(torch.cat([window.weight().float() for window in self.windows]), None, Key(0, 0, ""))
-            self.slots[name] = sum(slots)
+            self.slots[name] = sum(slots) if codec.scaled else 0
+
+    def weight(self, number: int) -> Tensor:
+        """The fp32 weights of a parameter, flat; a copy."""
+        weight = self.windows[self.members.index(number)].weight()
+        if self.master is None or self.rest is None:
+            return weight.float()
+        return self.master.join(weight, self.rest[self.parts[number]])
+
+    def set_weight(self, number: int, value: Tensor) -> None:
+        """Give a parameter its fp32 weights; its window is to be finished afterwards."""
+        weight = self.windows[self.members.index(number)].weight()
+        if self.master is not None and self.rest is not None:
+            value, rest = self.master.split(value, weight.dtype)
+            self.rest[self.parts[number]] = rest
+        weight.copy_(value)
 
 
 class Units:
-    """All units of a group."""
+    """All coded states of a group: those of units, and the `owned` ones, which live with owners, by parameter, matrix and
+    name."""
 
-    def __init__(self, plan: GroupPlan, units: list[Unit], domains: Domains, device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: GroupPlan,
+        units: list[Unit],
+        domains: Domains,
+        device: torch.device,
+        owned: dict[tuple[int, int, str], Coded] | None = None,
+    ) -> None:
         self.plan, self.units, self.domains, self.device = plan, units, domains, device
+        self.owned = owned or {}
         self.of = {number: unit for unit in units for number in unit.members}
 
     def holds(self, number: int, name: str) -> bool:
-        """Whether this state of a parameter is stored as codes."""
-        return number in self.of and name in self.of[number].stores
+        """Whether this state of a parameter, as far as it is here, is stored as codes."""
+        if name == MASTER:
+            return number in self.of and self.of[number].rest is not None
+        return (number in self.of and name in self.of[number].stores) or (number, 0, name) in self.owned
 
-    def read(self, number: int, name: str) -> Tensor:
-        """A state of a parameter in fp32, flat; a copy."""
+    def read(self, number: int, matrix: int | None, name: str) -> Tensor:
+        """A state of a parameter, or of one of its matrices, in fp32, flat; a copy."""
+        if name == MASTER:
+            return self.of[number].weight(number)
+        if matrix is not None:
+            return self.owned[number, matrix, name].read()
+        if (number, 0, name) in self.owned:
+            return torch.cat([self.owned[number, m, name].read() for m in range(self._matrices(number, name))])
         store, part = self.of[number].stores[name], self.of[number].parts[number]
         spans = [s for s in store.spans if s.elements.start < part.stop and s.elements.stop > part.start]
         if not spans:
@@ -79,12 +121,26 @@ class Units:
         return torch.cat([store.decode(span) for span in spans])[part.start - first : part.stop - first]
 
     def write(self, values: Values) -> None:
-        """Store states (fp32, flat) by parameter number and name; the others stay. Collective where there are cuts; then
-        every rank of a layout stores the same states."""
+        """Store states (fp32); the others stay. Collective where there are cuts; then every rank of a layout stores the
+        same states."""
+        for (number, matrix, name), value in values.items():
+            if name == MASTER:
+                unit = self.of[number]
+                assert unit.master is not None and unit.rest is not None
+                flat, low = value.to(self.device).float().reshape(-1), unit.windows[0].param.dtype
+                unit.rest[unit.parts[number]] = unit.master.split(flat.contiguous(), low)[1]
+            elif matrix is not None:
+                self.owned[number, matrix, name].write(value.to(self.device).float().reshape(-1), None, Key(0, 0, ""))
+            elif (number, 0, name) in self.owned:
+                parts = value.to(self.device).float().reshape(self._matrices(number, name), -1)
+                for m, part in enumerate(parts):
+                    self.owned[number, m, name].write(part, None, Key(0, 0, ""))
         found = []
         for unit in self.units:
             for name, store in unit.stores.items():
-                given = {number: values[number, name] for number in unit.members if (number, name) in values}
+                given = {
+                    number: values[number, None, name] for number in unit.members if (number, None, name) in values
+                }
                 if given:
                     flat = store.read()
                     for number, value in given.items():
@@ -93,6 +149,9 @@ class Units:
         agreed = self.agreed([(unit, name, unit.stores[name].cut_maxima(flat)) for unit, name, flat in found])
         for unit, name, flat in found:
             unit.stores[name].write(flat, agreed[id(unit.stores[name])], Key(0, 0, ""))
+
+    def _matrices(self, number: int, name: str) -> int:
+        return sum(key[0] == number and key[2] == name for key in self.owned)
 
     def agreed(self, found: list[tuple[Unit, str, Tensor]]) -> dict[int, Agreed]:
         """Maxima of cut tiles over all ranks, by store: one reduction per domain, in the same order on every rank."""

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distopt.layouts import Partition, local_tensor
 from distopt.plan.build import Bucket, Piece, Spec, Stack
+from distopt.plan.tiles import BLOCK, Storage, whole_tiles
 from distopt.rule import Rule, Shape, State
+from distopt.state.codecs import Codec
+from distopt.state.coded import Coded
 
 
 @dataclass
@@ -129,10 +133,12 @@ def make_window(param: Tensor, spec: Spec) -> Window:
 
 @dataclass
 class Slabs:
-    """The states of one stack of pieces or of owned matrices: tensors (k, …) by name."""
+    """The states of one stack of pieces or of owned matrices: fp32 tensors (k, …) by name."""
 
     tensors: dict[str, Tensor]
     kinds: dict[str, str]
+    coded: dict[str, list[Coded]] = field(default_factory=dict)
+    """States of owner kind that are stored as codes, a store per matrix. What lies as pieces do is found by parameter."""
 
 
 def piece_extent(state: State, piece: Piece) -> tuple[int, int]:
@@ -156,7 +162,12 @@ def initial(state: State, numel: int, weight: Callable[[], Tensor], device: torc
 
 
 def allocate_stacks(
-    rule: Rule, bucket: Bucket, windows: list[Window], pieces: dict[int, list[Piece]], device: torch.device
+    rule: Rule,
+    bucket: Bucket,
+    windows: list[Window],
+    pieces: dict[int, list[Piece]],
+    device: torch.device,
+    storage: Storage,
 ) -> tuple[list[Slabs], list[Slabs]]:
     """States of a bucket: (per stack of pieces, per stack of owned matrices).
 
@@ -168,7 +179,12 @@ def allocate_stacks(
         declared = rule.states(stack.shape)
         slabs = Slabs({}, {name: state.kind for name, state in declared.items()})
         for name, state in declared.items():
-            if state.kind == "owner" and bucket.exchanged:
+            codec = storage.codec(name, state, windows[stack.pieces[0].param].spec.layout.shape)
+            if codec and state.kind == "like":
+                continue
+            if codec and not bucket.exchanged:
+                slabs.coded[name] = [_coded(codec, state, bucket, p.entry, windows, device) for p in stack.pieces]
+            elif state.kind == "owner" and bucket.exchanged:
                 slabs.tensors[name] = torch.empty((0, *state.shape), device=device)
             elif state.kind == "owner" and bucket.entries[stack.pieces[0].entry].geometry.logical.declared:
                 # Its neighbours may have other shapes.
@@ -182,13 +198,28 @@ def allocate_stacks(
         declared = rule.states(group.shape)
         slabs = Slabs({}, {name: state.kind for name, state in declared.items()})
         for name, state in declared.items():
-            if state.kind == "owner":
+            codec = storage.codec(name, state, ()) if state.kind == "owner" else None
+            if codec:
+                slabs.coded[name] = [_coded(codec, state, bucket, number, windows, device) for number in group.entries]
+            elif state.kind == "owner":
                 shape = (len(group.entries), *state.shape)
                 slabs.tensors[name] = torch.full(shape, float(state.fill), device=device)
             elif state.kind != "group":
                 slabs.tensors[name] = torch.empty(no_extent(state, group.shape), device=device)
         owned.append(slabs)
     return stacks, owned
+
+
+def _coded(
+    codec: Codec, state: State, bucket: Bucket, number: int, windows: list[Window], device: torch.device
+) -> Coded:
+    """The store of a state of one matrix, entry `number` of the bucket."""
+    tiles = whole_tiles(*state.shape)
+    entry = bucket.entries[number]
+    first = sum(prod(window.spec.layout.shape) for window in windows[: entry.param]) + entry.matrix * tiles.numel
+    lengths = np.full(tiles.count, BLOCK) if tiles.lengths is None else tiles.lengths
+    starts = first + np.cumsum(lengths, dtype=np.int64) - lengths
+    return Coded(codec, tiles, device, float(state.fill), starts, state.shape)
 
 
 def _piece_slab(

@@ -86,10 +86,12 @@ def on_ranks(
     for group in bound.groups:
         for number, window in enumerate(group.windows):
             name = window.spec.name
-            for key in states[name]:
-                if group.units.holds(number, key):
-                    mine = group.units.read(number, key)
-                    whole = laid.local(name, states[name][key]).flatten()[window.start : window.stop]
-                    wrong += [f"{name}/{key}"] * (not torch.equal(mine, whole))
+            for key in group.units.of[number].stores if number in group.units.of else ():
+                mine = group.units.read(number, None, key)
+                whole = laid.local(name, states[name][key]).flatten()[window.start : window.stop]
+                wrong += [f"{name}/{key}"] * (not torch.equal(mine, whole))
+        for (number, _, key), store in group.units.owned.items():
+            name = group.windows[number].spec.name
+            wrong += [f"{name}/{key}"] * (not torch.equal(store.matrix(), states[name][key]))
     dist.barrier()
     return wrong, traffic

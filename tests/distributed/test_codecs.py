@@ -42,3 +42,33 @@ def test_every_layout_stores_the_same_codes(codec: str, layout: str, world_size:
         f"{coding.__name__}:on_ranks", "AdamW", options_of(codec), layout, coding.CODED, weights, states
     )
     assert answers == [([], 0)] * world_size, "(parameters and states that differ, bytes beside the plan) by rank"
+
+
+MATRIX_PLACES = [("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("columns", 3), ("flat", 4), ("partitioned", 3), ("hsdp", 4)]
+
+
+@pytest.mark.parametrize(("layout", "world_size"), MATRIX_PLACES)
+@pytest.mark.parametrize("rule", ["Muon", "SOAP", "Shampoo", "NorMuon"])
+def test_matrix_rules_store_the_same_codes_on_every_layout(rule: str, layout: str, world_size: int) -> None:
+    options = {"lr": 1e-2, "state_codec": "int8"}
+    weights, states = matrices_alone(rule)
+    answers = pool(world_size).run(
+        f"{coding.__name__}:on_ranks", rule, options, layout, coding.MATRICES, weights, states
+    )
+    assert [wrong for wrong, _ in answers] == [[]] * world_size
+    assert rule == "Shampoo" or [traffic for _, traffic in answers] == [0] * world_size
+
+
+@cache
+def matrices_alone(rule: str) -> tuple[Full, dict[str, dict[str, Tensor]]]:
+    return coding.one_process(rule, {"lr": 1e-2, "state_codec": "int8"}, coding.MATRICES)
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("fsdp", 3), ("columns", 2), ("flat", 4)])
+@pytest.mark.parametrize("rule", ["Adafactor", "AdamMini", "CAME"])
+def test_rules_that_ask_for_sums_agree_on_scales_as_planned(rule: str, layout: str, world_size: int) -> None:
+    """Sums round differently on ranks, so codes may differ by one; the bytes may not."""
+    options = {"lr": 1e-3, "state_codec": "int8"}
+    weights, states = coding.one_process(rule, options, coding.CODED)
+    answers = pool(world_size).run(f"{coding.__name__}:on_ranks", rule, options, layout, coding.CODED, weights, states)
+    assert [traffic for _, traffic in answers] == [0] * world_size

@@ -15,6 +15,7 @@ from distopt.state.codecs.fp8 import Fp8
 from distopt.state.codecs.fp32 import FP32
 from distopt.state.codecs.int4 import Int4
 from distopt.state.codecs.int8 import Int8
+from distopt.state.master import MASTERS
 
 __all__ = ["CODECS", "FP32", "STORAGE_OPTIONS", "Codec", "group_storage", "state_names"]
 
@@ -28,7 +29,7 @@ CODECS: dict[str, type[Codec]] = {
 }
 
 
-STORAGE_OPTIONS: dict[str, Any] = {"state_codec": "fp32", "rounding_seed": 0}
+STORAGE_OPTIONS: dict[str, Any] = {"state_codec": "fp32", "master_codec": "none", "rounding_seed": 0}
 """Options of every group that say how states are stored, whatever the rule, with their defaults."""
 
 
@@ -39,7 +40,8 @@ def state_names(rule: Rule) -> set[str]:
 
 def group_storage(group: Mapping[str, Any]) -> Storage:
     """How a group's states are stored. `state_codec` is the name of a codec for all states, or a dict of names by state,
-    in which the states that it leaves out are fp32; `rounding_seed` the seed of stochastic rounding.
+    in which the states that it leaves out are fp32; `master_codec` says what is kept of fp32 weights beside parameters of
+    lower precision; `rounding_seed` the seed of stochastic rounding.
 
     Raises:
         ValueError: an unknown codec or state.
@@ -58,4 +60,6 @@ def group_storage(group: Mapping[str, Any]) -> Storage:
                 f"(known: {', '.join(CODECS)})"
             )
     chosen = {state: (CODECS[c](True), CODECS[c](False)) for state, c in asked.items() if c != "fp32"}
-    return Storage(chosen, int(group["rounding_seed"]))
+    if group["master_codec"] not in MASTERS:
+        raise ValueError(f"master_codec: one of {', '.join(MASTERS)}, got {group['master_codec']!r}")
+    return Storage(chosen, int(group["rounding_seed"]), MASTERS[group["master_codec"]])

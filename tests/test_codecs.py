@@ -381,3 +381,64 @@ def test_bf16_training_takes_about_seven_bytes_per_parameter() -> None:
     held = param.nbytes + param.grad.nbytes + sum(store.nbytes for store in stores(built)) + sum(rest)
     assert built.plan.summary()["state_bytes"] == held - param.nbytes - param.grad.nbytes
     assert held / param.numel() <= 7.1
+
+
+def test_codes_of_bitsandbytes_are_read() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    theirs = nn.Parameter(torch.randn(64, 256))
+    other = bitsandbytes.optim.AdamW8bit([theirs], lr=1e-3)
+    for _ in range(3):
+        theirs.grad = torch.randn_like(theirs)
+        other.step()
+    saved = other.state_dict()
+    ours = nn.Parameter(theirs.detach().clone())
+    built = distopt.AdamW([ours], lr=1e-3, state_codec="int8")
+    built.load_state_dict({"state": saved["state"], "param_groups": [{"params": [0], "lr": 1e-3}]})
+    found = built.state_dict()["state"][0]
+    exact = nn.Parameter(theirs.detach().clone())
+    reference = torch.optim.AdamW([exact], lr=1e-3)
+    torch.manual_seed(0)
+    torch.randn(64, 256)
+    for _ in range(3):
+        exact.grad = torch.randn(64, 256)
+        reference.step()
+    assert int(found["step"]) == 3
+    for key in ("exp_avg", "exp_avg_sq"):
+        error = (found[key] - reference.state[exact][key]).norm() / reference.state[exact][key].norm()
+        assert error < 0.05, key
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_states_go_to_torch_and_come_back(codec: str) -> None:
+    params, built = optimizer(codec)
+    step(params, built, range(3))
+    theirs = torch.optim.AdamW([param.detach().clone().requires_grad_() for param in params.values()], lr=1e-2)
+    saved = built.state_dict()
+    theirs.load_state_dict({"state": saved["state"], "param_groups": [{**theirs.state_dict()["param_groups"][0]}]})
+    for index, param in enumerate(theirs.param_groups[0]["params"]):
+        assert torch.equal(theirs.state[param]["exp_avg"], saved["state"][index]["exp_avg"])
+        param.grad = torch.ones_like(param)
+    theirs.step()
+    _, again = optimizer(codec)
+    again.load_state_dict(theirs.state_dict())
+    assert int(again.state_dict()["state"][0]["step"]) == 4
+
+
+@pytest.mark.parametrize("level", [1e-3, 1e-6, 1e-9])
+def test_no_update_is_much_larger_than_with_fp32_states(level: float) -> None:
+    """Coordinates of log-normal scales (σ = 1.2), which tiles have to share a scale among."""
+    largest = {}
+    for codec in ("fp32", "int8"):
+        generator = torch.Generator().manual_seed(0)
+        scales = level * torch.exp(1.2 * torch.randn(64, 128, generator=generator))
+        param = nn.Parameter(torch.zeros(64, 128))
+        built = distopt.AdamW([param], lr=1.0, eps=1e-16, weight_decay=0.0, state_codec=codec)
+        largest[codec] = 0.0
+        for _ in range(200):
+            before = param.detach().clone()
+            param.grad = scales * torch.randn(64, 128, generator=generator)
+            built.step()
+            largest[codec] = max(largest[codec], (param.detach() - before).abs().max().item())
+    assert largest["int8"] <= 2.5 * largest["fp32"]
+    assert largest["int8"] <= 1.5 * largest["fp32"], "1.1 measured"

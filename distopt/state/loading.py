@@ -16,10 +16,13 @@ from distopt.layouts import Sharded, local_tensor
 from distopt.plan.geometry import READING
 from distopt.state.counters import Counters
 from distopt.state.faces import Faces
+from distopt.state.foreign import from_bitsandbytes
 from distopt.state.units import MASTER
 from distopt.state.windows import Window
 
 Write = Callable[[], None]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What bitsandbytes calls state1 and state2, in the rules that both have."""
 NOT_OURS = {"foreach", "capturable", "differentiable", "fused", "maximize", "decoupled_weight_decay"}
 """What torch.optim keeps in groups and this package does not."""
 
@@ -54,7 +57,7 @@ def load_state_dict(
         values: dict[int, dict[str, Tensor]] = {}
         ages = list(counters[number].ages)
         for position, index in enumerate(order):
-            entry = saved["state"].get(index)
+            entry = from_bitsandbytes(saved["state"].get(index) or {}, MOMENTS)
             if not entry:
                 param = faces[number].windows[position].param
                 if saved["state"] and param.requires_grad and ages[position]:

@@ -118,7 +118,9 @@ class Bound:
                 )
             travelled = faces.fill()
             for number, window in enumerate(group.windows):
-                found[window.param] = {**self.state[window.param], **travelled.get(number, {})}
+                entry = self.state[window.param]
+                # Parameters share their counters here, and torch.optim, which may load this, counts in place.
+                found[window.param] = {**entry, "step": entry["step"].clone(), **travelled.get(number, {})}
         return found
 
     def master_weights(self) -> Iterator[tuple[Tensor, Tensor]]:

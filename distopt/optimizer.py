@@ -79,6 +79,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     rule_name: ClassVar[str] = ""
+    stepper: Any = None
     _step_supports_amp_scaling = True
     _constructed = False
     _stateless = False
@@ -108,7 +109,6 @@ class Optimizer(torch.optim.Optimizer):
         self._model: Callable[[], torch.nn.Module | None] | None = None
         self._bound: Bound | None = None
         self._pending: dict[str, Any] | None = None
-        self.stepper: Any = None
         self._shapes: set[tuple[int, ...]] = set()
         hyper = {f.name: options[f.name] for f in fields(rule_class(rule)) if f.name in options}
         shared = {name: options.get(name, default) for name, default in GROUP_OPTIONS.items()}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 __all__ = ["Optimizer", "averaging", "checkpoint", "create_optimizer", "layouts", "list_optimizers", "optimizer_info"]
-__all__ += ["schedules", "step_in_backward"]
+__all__ += ["schedules", "state_bytes", "step_in_backward"]
 __all__ += RULES.values()
 __all__ += DRIVERS.values()
 
@@ -43,6 +43,7 @@ def __getattr__(name: str) -> Any:
         "step_in_backward": "distopt.backward",
         "list_optimizers": "distopt.catalog",
         "optimizer_info": "distopt.catalog",
+        "state_bytes": "distopt.memory",
     }
     if name in sources:
         return getattr(importlib.import_module(sources[name]), name)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distopt.bound import strip_prefixes
@@ -249,6 +250,30 @@ def _routes(model: nn.Module) -> Iterator[Route]:
                 yield Route(name, param, True, True, f"matrices of a {type(module).__name__}")
             else:
                 yield Route(name, param, False, True, f"{len(shape)}-D weight of a {type(module).__name__}")
+
+
+def model_of_shapes(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+    """A skeleton with parameters of these names and shapes on the meta device; what is called embed…, wte or wpe is an
+    embedding."""
+    root = nn.Module()
+    for name, shape in shapes.items():
+        *path, leaf = name.split(".")
+        module = root
+        for depth, part in enumerate(path):
+            if part not in module._modules:
+                last = depth == len(path) - 1
+                embeds = last and len(shape) == 2 and (part.startswith("embed") or part in ("wte", "wpe"))
+                module.add_module(part, _Table() if embeds else nn.Module())
+            module = module._modules[part]  # type: ignore[assignment]
+        module.register_parameter(leaf, nn.Parameter(torch.empty(shape, device="meta")))
+    return root
+
+
+class _Table(nn.Embedding):
+    """An embedding that gets its weight later."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
 
 
 def _output_modules(model: nn.Module) -> set[int]:

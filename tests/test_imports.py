@@ -22,7 +22,7 @@ PACKAGE = ROOT / "distopt"
 # A part imports only from the lines below its own.
 LEVELS: list[set[str]] = [
     {"integrations", "launch", "__init__", "__main__"},
-    {"cli"},
+    {"cli", "memory"},
     {"backward", "build", "catalog", "checkpoint"},
     {"averaging", "quasi_newton"},
     {"optimizer", "fused"},

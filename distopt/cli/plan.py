@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distopt.build import parameter_groups
+from distopt.build import model_of_shapes, parameter_groups
 from distopt.cli.tables import OnPaper, comparison, draw, table
 from distopt.optimizer import GROUP_OPTIONS, check_options
 from distopt.plan.build import Group, Spec, plan_group
@@ -173,30 +173,6 @@ def read_model(source: str) -> nn.Module:
     if isinstance(content, dict) and content and all(_is_shape(shape) for shape in content.values()):
         return model_of_shapes({name: tuple(shape) for name, shape in content.items()})
     raise ValueError(f"--model {source}: neither a transformers config (no model_type) nor an object of name → [sizes]")
-
-
-def model_of_shapes(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
-    """A skeleton with parameters of these names and shapes on the meta device; what is called embed…, wte or wpe is an
-    embedding."""
-    root = nn.Module()
-    for name, shape in shapes.items():
-        *path, leaf = name.split(".")
-        module = root
-        for depth, part in enumerate(path):
-            if part not in module._modules:
-                last = depth == len(path) - 1
-                embeds = last and len(shape) == 2 and (part.startswith("embed") or part in ("wte", "wpe"))
-                module.add_module(part, _Table() if embeds else nn.Module())
-            module = module._modules[part]  # type: ignore[assignment]
-        module.register_parameter(leaf, nn.Parameter(torch.empty(shape, device="meta")))
-    return root
-
-
-class _Table(nn.Embedding):
-    """An embedding that gets its weight later."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
 
 
 def read_options(words: Sequence[str]) -> dict[str, dict[str, Any]]:

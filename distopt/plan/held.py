@@ -61,7 +61,7 @@ def _master_bytes(plan: GroupPlan, homes: list[Home]) -> int:
 
 
 def _elementwise_bytes(plan: GroupPlan, homes: list[Home]) -> int:
-    states = plan.rule.states(Shape(1, 1, 1))
+    states = {name: state for name, state in plan.rule.states(Shape(1, 1, 1)).items() if state.kind == "like"}
     sizes = [spec.itemsize for spec in plan.specs]
     exact = [home for home, size in zip(homes, sizes) if not plan.storage.coded(states, home[0].shape, size)]
     found = sum(4 * len(states) * _numel(home) for home in exact)

@@ -75,7 +75,7 @@ class Faces:
             elif not (
                 self.travels(number, state) or self.gathers(number, state) or self.group.units.holds(number, name)
             ):
-                found[name] = self._view(window, name, self.face_shape(number, name))
+                found[name] = self._view(window, name, self.face_shape(number, name), computed=state.kind == "owner")
         return found
 
     def face_shape(self, number: int, name: str) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ class Faces:
         }
         return list(accumulate((sizes[shape] for shape in logical.shapes), initial=0))
 
-    def _view(self, window: Window, name: str, face: tuple[int, ...]) -> Tensor:
+    def _view(self, window: Window, name: str, face: tuple[int, ...], *, computed: bool = False) -> Tensor:
         param = window.param
         if not isinstance(param, DTensor) or isinstance(window.spec.layout, Partition):
             if name not in window.state:
@@ -108,6 +108,8 @@ class Faces:
             flat = window.state[name]
             whole = flat.numel() == torch.Size(face).numel()
             return flat.view(face) if whole and getattr(param, "_distopt_flat", None) is None else flat
+        if computed:  # from a matrix that this rank has all of
+            return _dtensor(window.state[name].view(face), param, [Replicate()] * param.device_mesh.ndim, face)
         shape = tuple(param.shape)
         reduced = [n != full for n, full in zip(face, shape, strict=True)]
         local = [1 if less else n for n, less in zip(param._local_tensor.shape, reduced, strict=True)]

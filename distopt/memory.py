@@ -1,0 +1,112 @@
+"""What an optimizer's states take, by formula: nothing is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distopt.bound import reshard
+from distopt.build import model_of_shapes, parameter_groups
+from distopt.layouts import Layout, Sharded, layout_of
+from distopt.optimizer import GROUP_OPTIONS
+from distopt.plan.build import Group, Spec, plan_group
+from distopt.plan.geometry import logical_of
+from distopt.plan.held import state_bytes as planned_bytes
+from distopt.plan.paper import Mesh, tensor_parallel_dim
+from distopt.rule import Rule, require
+from distopt.rules import RULES, group_rule, rule_class
+from distopt.state.codecs import group_storage
+
+
+def state_bytes(
+    name: str,
+    model_or_shapes: nn.Module | Mapping[str, tuple[int, ...]],
+    *,
+    state_codec: str | dict[str, str] = "fp32",
+    layout: str | Mesh | None = None,
+    partition: bool = False,
+    on_rank: int | None = None,
+    **options: Any,
+) -> int:
+    """Bytes of state that `create_optimizer(name, model, …)` keeps on one rank.
+
+    These are the bytes of every state's own elements and scales. Beside them there are one counter per group, and less
+    than 64 bytes per group and state where small tensors are packed together.
+
+    Args:
+        name: of a rule.
+        model_or_shapes: a model, which may be sharded, or on the meta device; or name → shape, where what is called
+            embed…, wte or wpe is an embedding.
+        state_codec: as of optimizers.
+        layout: a mesh that need not exist, as "replicate=2,dp=64,tp=8" (FSDP2 along dp, Llama's projections along tp).
+            None: as the parameters lie, shapes whole on one rank.
+        partition: replicas (all ranks) partition states over themselves, as with `process_group=`.
+        on_rank: which one; None: this process, or 0 of a mesh on paper.
+        options: further ones of `create_optimizer` and of the rule: `rest`, `amsgrad`, `rank`, …
+
+    Raises:
+        ValueError: a name that is no rule's, an option or a layout that cannot be served.
+    """
+    require(
+        name in RULES,
+        f"no rule is called {name!r} (known: {', '.join(RULES)}); quasi-Newton methods name their vectors in "
+        "optimizer_info(name).vector_states",
+    )
+    model = model_or_shapes if isinstance(model_or_shapes, nn.Module) else model_of_shapes(dict(model_or_shapes))
+    mesh = Mesh.parse(layout) if isinstance(layout, str) else layout
+    here = dist.get_rank() if dist.is_initialized() else 0
+    rank = on_rank if on_rank is not None else here if mesh is None else 0
+    size = (dist.get_world_size() if dist.is_initialized() else 1) if mesh is None else mesh.size
+    require(0 <= rank < size, f"on_rank={rank}: there are {size} ranks")
+    require(
+        mesh is not None or rank == here,
+        f"on_rank={rank}: parameters are read as they lie on this rank, {here}; ask there, or give layout=",
+    )
+    replicas = tuple(range(size)) if partition else None
+    reshard(model)
+    groups, own, _ = parameter_groups(name, model, lr=1e-3, **options)
+    total = 0
+    for group in groups:
+        rule_name = group.get("rule", name)
+        defaults = {f.name: f.default for f in fields(rule_class(rule_name))}
+        given = own if rule_name == name else {}
+        settled = {**defaults, **GROUP_OPTIONS, **given, **group, "rule": rule_name, "state_codec": state_codec}
+        specs = []
+        for key, param in group["params"]:
+            found = _on_paper(mesh, rank, key, param) if mesh is not None else layout_of(param, rank)
+            specs.append(Spec(key, found, found.ranks.index(rank), param.element_size()))
+        gpu = param.is_cuda
+        storage, split, strategy = group_storage(settled), settled["split"], settled["strategy"]
+        plan = plan_group(Group(group_rule(settled), tuple(specs), replicas, gpu, storage, split, strategy), rank)
+        total += planned_bytes(plan)[0] + sum(_statistics_of_nothing(plan.rule, spec) for spec in plan.specs)
+    return total
+
+
+def _statistics_of_nothing(rule: Rule, spec: Spec) -> int:
+    """Bytes of the row and column statistics that a rank with an empty shard keeps all the same: torch's checkpoint lets
+    any replica of a statistic speak for all of them."""
+    layout = spec.layout
+    if not isinstance(layout, Sharded) or 0 in layout.shape or 0 not in (local := layout.local_shape(spec.index)):
+        return 0
+    logical = logical_of(layout.shape, rule)
+    kinds = [state.kind for state in rule.states(logical.shape).values() if state.kind in ("row", "col", "matrix")]
+    sizes = [
+        prod(n if whole == face else 1 for n, whole, face in zip(local, layout.shape, logical.face(kind)))
+        for kind in kinds
+    ]
+    return 4 * sum(sizes)
+
+
+def _on_paper(mesh: Mesh, rank: int, name: str, param: Tensor) -> Layout:
+    """The layout of a parameter among the ranks of the copy that `rank` belongs to."""
+    shape = tuple(param.shape)
+    first = mesh.layout(shape, tensor_parallel_dim(name, shape))
+    spanned = np.asarray(mesh.coordinates[:, list(first.ranks)].any(1))
+    alike = (mesh.coordinates == mesh.coordinates[:, [rank]]) | spanned[:, None]
+    return replace(first, ranks=tuple(np.flatnonzero(alike.all(0)).tolist()))

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import distopt
 from distopt import checkpoint
@@ -525,3 +525,27 @@ def test_a_loaded_dtensor_that_lies_elsewhere_is_refused_and_nothing_changes(kin
         assert "layers.up.weight" in message
         assert "exp_avg" in message
         assert changed == []
+
+
+def alone_on_a_mesh() -> list[bool]:
+    """A DTensor on a mesh of this rank alone: what lives with the matrix's owner is all here."""
+    alone = mesh(("other", 2), ("shard", 1))["shard"]
+    found = []
+    for placement in (Shard(0), Replicate()):
+        generator = torch.Generator().manual_seed(0)
+        full = torch.randn((6, 10), generator=generator)
+        plain, param = nn.Parameter(full.clone()), nn.Parameter(distribute_tensor(full, alone, [placement]))
+        ours, theirs = (distopt.SOAP([("w", p)], lr=0.01) for p in (param, plain))
+        for p, built in ((param, ours), (plain, theirs)):
+            grad = torch.ones(6, 10) + full
+            p.grad = distribute_tensor(grad, alone, [placement]) if p is param else grad
+            built.step()
+        saved, expected = (built.state_dict()["state"][0] for built in (ours, theirs))
+        found += [
+            torch.equal(saved[name].full_tensor(), expected[name]) for name in ("gram_left", "gram_right", "exp_avg")
+        ]
+    return found
+
+
+def test_a_matrix_that_one_rank_has_all_of_is_saved_with_its_owner_s_states() -> None:
+    assert pool(2).run(f"{HERE}:alone_on_a_mesh") == [[True] * 6] * 2

@@ -414,7 +414,8 @@ def _bucket(
             limit = stack_limit(rule, shape)
             owned += [Owned(shape, tuple(numbers[i : i + limit]), length, turns) for i in range(0, len(numbers), limit)]
         if not owned and not stacks:  # a rank with nothing takes part in the sums, and asks the rule how many
-            owned = [Owned(entries[0].shape, (), 1)]
+            shape = entries[0].shape
+            owned = [Owned(shape, (), max(shape.rows, shape.cols))]
     return Bucket(ranks, tuple(entries), tuple(stacks), tuple(owned), strategy)
 
 

@@ -61,7 +61,8 @@ class PSGDKron(Rule):
     def states(self, shape: Shape) -> dict[str, State]:
         states = {"momentum_buffer": State("like")}
         for side, n in (("left", shape.rows), ("right", shape.cols)):
-            states[f"factor_{side}"] = State("owner", (n, n if 1 < n <= self.max_size_triangular else 1))
+            triangular = 1 < n <= self.max_size_triangular
+            states[f"factor_{side}"] = State("owner", (n, n if triangular else 1), signed=triangular)
         return states
 
     def fits(self, step: int) -> int:

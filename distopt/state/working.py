@@ -21,6 +21,7 @@ class Working:
     def __init__(self, units: Units, windows: list[Window], step: int) -> None:
         self.units, self.windows, self.step = units, windows, step
         self._flats: dict[tuple[int, str], Tensor] = {}
+        self._weights: dict[int, Tensor] = {}
 
     def key(self, name: str) -> Key:
         """Whose random bits round a state in this step."""
@@ -36,7 +37,9 @@ class Working:
         """The weights of a parameter, flat: in fp32 where master weights are kept, else as they are stored."""
         unit = self.units.of.get(number)
         if unit is None or unit.master is None:
-            return self.windows[number].weight()
+            if number not in self._weights:  # asked again, a window that is not contiguous would give another copy
+                self._weights[number] = self.windows[number].weight()
+            return self._weights[number]
         if (number, MASTER) not in self._flats:
             self._flats[number, MASTER] = unit.weight(number)
         return self._flats[number, MASTER]

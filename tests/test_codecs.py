@@ -138,7 +138,7 @@ def test_rules_declare_which_states_are_never_negative(case: str) -> None:
             states = rule.states(Shape(1, 7, 1) if len(shape) == 1 else Shape(*shape))
             for key, state in states.items():
                 value = saved["state"][index][key]
-                if state.kind in ("like", "owner") and value.any() and value.numel() > 1:
+                if state.kind in ("like", "owner") and value.any() and value.numel() > 16:  # few may be so by chance
                     assert bool((value < 0).any()) == state.signed, f"{variant}: {name}/{key}"
 
 

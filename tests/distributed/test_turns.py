@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distopt.layouts import Plain
-from distopt.plan.build import Spec, deal_turns
+from distopt.plan.build import GroupPlan, Spec, deal_turns
 from distopt.rule import TwoSided
 from distopt.rules import RULES, rule_class
 from tests.distributed import training
@@ -36,7 +36,7 @@ def test_every_step_does_its_share_of_the_cubic_work(name: str) -> None:
     assert "synchronous" in inspect.signature(rule_class(name)).parameters
     specs = [Spec(str(i), Plain(shape, (0,)), 0) for i, shape in enumerate(GPT2)]
     costs = [0.0] * 10
-    for (number, _), turns in deal_turns(rule, specs).items():
+    for (number, _), turns in deal_turns(GroupPlan(rule, tuple(specs), gpu=False)).items():
         for size, turn in zip(GPT2[number], turns, strict=True):
             costs[turn] += float(size) ** 3
     assert max(costs) <= 1.02 * sum(costs) / 10

@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -67,6 +67,10 @@ class Oracle:
     where: Callable[[Shape, Options], bool] = always
 
 
+Package = partial(Oracle, dtype=torch.float32)
+"""A public package, which computes in float32."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """An update rule under test.
@@ -83,7 +87,8 @@ class Case:
         alone: Each shape is compared with its oracles in an optimizer of its own, since sums run over all parameters.
         torch_class: The class of torch.optim whose argument names, order and defaults it has, if torch has it.
         sharded: Largest rel against one process on any layout; 0 demands torch.equal.
-        sharded_stacks: The same for models with several matrices of one shape, which may be batched differently.
+        sharded_stacks: The same for models with several matrices of one shape, which may be batched differently, where
+            that is more.
         sharded_why: Where these two come from.
     """
 
@@ -97,8 +102,12 @@ class Case:
     alone: bool = False
     torch_class: type[torch.optim.Optimizer] | None = None
     sharded: float
-    sharded_stacks: float
+    sharded_stacks: float | None = None
     sharded_why: str
+
+    def limit(self, repeated: bool) -> float:
+        """Largest rel on a layout, whose shapes may be repeated."""
+        return self.sharded_stacks if repeated and self.sharded_stacks is not None else self.sharded
 
     def accepted(self, shapes: dict[str, Shape]) -> dict[str, Shape]:
         """The shapes that this rule takes."""

@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from tests.cases import Case, Options, Oracle, public
+from tests.cases import Case, Options, Oracle, Package, public
 from tests.references import adafactor
 
 
@@ -29,19 +29,17 @@ CASE = Case(
             rel=5e-6,
             why="float32 rounding of weights that move by 1e-2 of themselves; torch's float32 is 3.5e-6 off",
         ),
-        Oracle(
+        Package(
             name="torch",
             run=public(torch.optim.Adafactor),
-            dtype=torch.float32,
             variants=("default", "large_steps", "maximize"),
             where=lambda shape, options: 0 not in shape,  # torch divides by the number of elements
             rel=2e-6,
             why="sums in another order",
         ),
-        Oracle(
+        Package(
             name="transformers",
             run=public(transformers.optimization.Adafactor, for_transformers),
-            dtype=torch.float32,
             variants=("unscaled",),
             where=lambda shape, options: 0 not in shape,
             rel=2e-6,
@@ -49,6 +47,5 @@ CASE = Case(
         ),
     ),
     sharded=1e-6,
-    sharded_stacks=1e-6,
     sharded_why="sums over ranks come in another order",
 )

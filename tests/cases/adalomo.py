@@ -23,6 +23,5 @@ CASE = Case(
         ),
     ),
     sharded=1e-6,
-    sharded_stacks=1e-6,
     sharded_why="sums over ranks come in another order",
 )

@@ -3,7 +3,7 @@
 import pytorch_optimizer
 import torch
 
-from tests.cases import Case, Options, Oracle, public
+from tests.cases import Case, Options, Oracle, Package, public
 from tests.references import adamw
 
 
@@ -25,24 +25,21 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=adamw, rel=2e-6, why="float32 rounding of the weights at lr 1e-3, 1e-6 measured"),
-        Oracle(
+        Package(
             name="torch",
             run=public(torch.optim.AdamW),
-            dtype=torch.float32,
             variants=("default", "betas", "no_decay", "amsgrad"),
             rel=1e-6,
             why="elementwise, same formula",
         ),
-        Oracle(
+        Package(
             name="pytorch_optimizer",
             run=public(pytorch_optimizer.AdEMAMix, without_slow_mean),
-            dtype=torch.float32,
             variants=("cautious",),
             rel=1e-6,
             why="same formula",
         ),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="elementwise: no result depends on a cut; cautious: counts are exact",
 )

@@ -1,9 +1,8 @@
 """AdEMAMix against pytorch_optimizer's and the naive reference."""
 
-import torch
 from pytorch_optimizer import AdEMAMix
 
-from tests.cases import Case, Options, Oracle, public
+from tests.cases import Case, Options, Oracle, Package, public
 from tests.references.ademamix import ademamix
 
 
@@ -22,9 +21,8 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=ademamix, rel=2e-6, why="float32 rounding of the weights, 1.3e-6 measured"),
-        Oracle(name="package", run=public(AdEMAMix, theirs), dtype=torch.float32, rel=1e-6, why="same formula"),
+        Package(name="package", run=public(AdEMAMix, theirs), rel=1e-6, why="same formula"),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="elementwise: no result depends on a cut",
 )

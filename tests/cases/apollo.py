@@ -1,8 +1,6 @@
 """APOLLO against apollo_torch, where it draws the same projections, and the naive reference."""
 
-import torch
-
-from tests.cases import Case, Oracle
+from tests.cases import Case, Oracle, Package
 from tests.references.apollo import apollo
 from tests.references.packages import apollo_torch, one_matrix
 
@@ -17,10 +15,9 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=apollo, rel=1e-5, why="float32 rounding of projections and weights"),
-        Oracle(
+        Package(
             name="apollo_torch",
             run=apollo_torch,
-            dtype=torch.float32,
             # Its rank may be above the shorter side of a matrix; ours is cut to it.
             where=lambda shape, options: one_matrix(shape, options) and options.get("rank", 256) <= min(shape),
             variants=("low_rank", "front", "free"),

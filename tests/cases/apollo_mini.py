@@ -1,8 +1,6 @@
 """APOLLO-Mini: APOLLO with the authors' setting."""
 
-import torch
-
-from tests.cases import Case, Oracle
+from tests.cases import Case, Oracle, Package
 from tests.references.apollo import apollo
 from tests.references.packages import apollo_torch, one_matrix
 
@@ -14,10 +12,9 @@ CASE = Case(
     variants={"default": {}, "often": {"lr": 0.01, "update_proj_gap": 2, "weight_decay": 0.1, "scale": 16.0}},
     oracles=(
         Oracle(name="reference", run=lambda w, g, **o: apollo(w, g, **{**MINI, **o}), rel=1e-5, why="as for APOLLO"),
-        Oracle(
+        Package(
             name="apollo_torch",
             run=lambda w, g, **o: apollo_torch(w, g, **{**MINI, **o}),
-            dtype=torch.float32,
             where=one_matrix,
             rel=2e-6,
             why="order of sums",

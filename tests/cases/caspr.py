@@ -21,6 +21,5 @@ CASE = Case(
         Oracle(name="reference", run=caspr, rel=1e-3, why="inverse roots amplify float32 rounding, as in Shampoo"),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="amplifies rounding, so nothing weaker is honest; matrices are computed one by one",
 )

@@ -20,6 +20,5 @@ CASE = Case(
         ),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="amplifies rounding; matrices are computed one by one",
 )

@@ -13,6 +13,5 @@ CASE = Case(
     },
     oracles=(Oracle(name="reference", run=dion2, rel=1e-5, why="as for Muon: 3e-6 measured"),),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="rounding can change which rows are selected; matrices are computed one by one",
 )

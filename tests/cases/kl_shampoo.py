@@ -25,6 +25,5 @@ CASE = Case(
         ),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="amplifies rounding, so nothing weaker is honest; matrices are computed one by one",
 )

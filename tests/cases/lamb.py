@@ -13,6 +13,5 @@ CASE = Case(
     },
     oracles=(Oracle(name="reference", run=lamb, rel=5e-6, why="float32 rounding of the weights, 1.6e-6 measured"),),
     sharded=1e-6,
-    sharded_stacks=1e-6,
     sharded_why="sums over ranks come in another order",
 )

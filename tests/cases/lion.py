@@ -1,10 +1,9 @@
 """Lion against lion_pytorch and the naive reference; cautious against pytorch_optimizer's."""
 
 import pytorch_optimizer
-import torch
 from lion_pytorch import Lion  # type: ignore[import-untyped]
 
-from tests.cases import Case, Oracle, public
+from tests.cases import Case, Oracle, Package, public
 from tests.references import lion
 
 CASE = Case(
@@ -17,24 +16,21 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=lion, rel=1e-5, why="float32 rounding of the weights at lr 1e-4, 5e-6 measured"),
-        Oracle(
+        Package(
             name="lion_pytorch",
             run=public(Lion),
-            dtype=torch.float32,
             variants=("default", "betas"),
             rel=1e-6,
             why="elementwise, same formula",
         ),
-        Oracle(
+        Package(
             name="pytorch_optimizer",
             run=public(pytorch_optimizer.Lion),
-            dtype=torch.float32,
             variants=("cautious",),
             rel=1e-6,
             why="same formula",
         ),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="elementwise: no result depends on a cut; cautious: counts are exact",
 )

@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.cases import Case, Oracle, public
+from tests.cases import Case, Oracle, Package, public
 from tests.references import sgd
 from tests.references.packages import fused_lomo
 
@@ -12,10 +12,9 @@ CASE = Case(
     variants={"default": {}, "large": {"lr": 0.1}},
     oracles=(
         Oracle(name="reference", run=sgd, rel=1e-6, why="float32 rounding of the weights"),
-        Oracle(name="torch", run=public(torch.optim.SGD), dtype=torch.float32, rel=0, why="the same operation"),
-        Oracle(name="pytorch_optimizer", run=fused_lomo, dtype=torch.float32, rel=0, why="the same operation"),
+        Package(name="torch", run=public(torch.optim.SGD), rel=0, why="the same operation"),
+        Package(name="pytorch_optimizer", run=fused_lomo, rel=0, why="the same operation"),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="elementwise",
 )

@@ -14,6 +14,5 @@ CASE = Case(
     },
     oracles=(Oracle(name="reference", run=mars, rel=2e-6, why="float32 rounding of the weights, 3e-7 measured"),),
     sharded=1e-6,
-    sharded_stacks=1e-6,
     sharded_why="sums over ranks come in another order",
 )

@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.cases import Case, Options, Oracle, Shape, public
+from tests.cases import Case, Options, Oracle, Package, Shape, public
 from tests.references import muon
 
 
@@ -37,10 +37,9 @@ CASE = Case(
             rel=1e-5,
             why="five float32 iterations amplify rounding of small singular values, 3e-6 measured",
         ),
-        Oracle(
+        Package(
             name="torch",
             run=public(torch.optim.Muon, for_torch),
-            dtype=torch.float32,
             variants=("bf16",),
             where=full_matrix,
             rel=2e-2,

@@ -7,7 +7,7 @@ import pytorch_optimizer
 import torch
 from torch import nn
 
-from tests.cases import Case, Options, Oracle, public
+from tests.cases import Case, Options, Oracle, Package, public
 from tests.references import normuon
 
 
@@ -36,10 +36,9 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=normuon, variants=("default", "authors", "dion"), rel=1e-5, why="as for Muon"),
-        Oracle(
+        Package(
             name="pytorch_optimizer",
             run=public(public_class, renamed),
-            dtype=torch.float32,
             variants=("bf16", "bf16_authors"),
             where=lambda shape, options: len(shape) == 2 and 0 not in shape,
             rel=3e-3,

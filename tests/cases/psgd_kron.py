@@ -1,8 +1,6 @@
 """PSGD-Kron against pytorch_optimizer's, with the same probes, and the naive reference."""
 
-import torch
-
-from tests.cases import Case, Oracle
+from tests.cases import Case, Oracle, Package
 from tests.references.packages import kron, one_matrix
 from tests.references.psgd_kron import psgd_kron
 
@@ -16,10 +14,9 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=psgd_kron, rel=1e-5, why="triangular solves amplify rounding, 5e-7 measured"),
-        Oracle(
+        Package(
             name="pytorch_optimizer",
             run=kron,
-            dtype=torch.float32,
             variants=("default", "diagonal"),  # it would fit in other steps than ours
             where=one_matrix,
             rel=1e-5,
@@ -27,6 +24,5 @@ CASE = Case(
         ),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="amplifies rounding; matrices are computed one by one",
 )

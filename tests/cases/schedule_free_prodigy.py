@@ -15,6 +15,5 @@ CASE = Case(
     ),
     alone=True,
     sharded=1e-6,
-    sharded_stacks=1e-6,
     sharded_why="sums in another order",
 )

@@ -5,7 +5,7 @@ from typing import Any
 import schedulefree
 import torch
 
-from tests.cases import Case, Oracle, public
+from tests.cases import Case, Oracle, Package, public
 from tests.references.schedule_free import schedule_free_sgd
 
 
@@ -32,9 +32,8 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=schedule_free_sgd, rel=1e-6, why="float32 rounding"),
-        Oracle(name="package", run=public(theirs), dtype=torch.float32, rel=1e-6, why="same formula"),
+        Package(name="package", run=public(theirs), rel=1e-6, why="same formula"),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="elementwise: no result depends on a cut",
 )

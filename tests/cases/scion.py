@@ -1,9 +1,8 @@
 """Scion against pytorch_optimizer's, where its lmo is not rounded to bf16, and the naive reference."""
 
 import pytorch_optimizer
-import torch
 
-from tests.cases import Case, Oracle, public
+from tests.cases import Case, Oracle, Package, public
 from tests.references.packages import scion_options
 from tests.references.scion import scion
 
@@ -17,10 +16,9 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=scion, rel=1e-5, why="as for Muon"),
-        Oracle(
+        Package(
             name="pytorch_optimizer",
             run=public(pytorch_optimizer.SCION, scion_options),
-            dtype=torch.float32,
             # It iterates in bf16; its signs take matrices, its root mean squares vectors.
             where=lambda shape, options: 0 not in shape and len(shape) == (2 if options.get("norm") else 1),
             rel=2e-6,

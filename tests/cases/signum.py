@@ -1,9 +1,8 @@
 """Signum and signSGD against pytorch_optimizer's SignSGD and the naive reference."""
 
 import pytorch_optimizer
-import torch
 
-from tests.cases import Case, Oracle, public
+from tests.cases import Case, Oracle, Package, public
 from tests.references.signum import signum
 
 CASE = Case(
@@ -16,15 +15,13 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=signum, rel=1e-6, why="float32 rounding of the weights, 7e-7 measured"),
-        Oracle(
+        Package(
             name="pytorch_optimizer",
             run=public(pytorch_optimizer.SignSGD),
-            dtype=torch.float32,
             rel=1e-6,
             why="same formula",
         ),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="elementwise: no result depends on a cut",
 )

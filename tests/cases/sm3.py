@@ -1,9 +1,8 @@
 """SM3 against pytorch_optimizer's and the naive reference."""
 
-import torch
 from pytorch_optimizer import SM3
 
-from tests.cases import Case, Oracle, public
+from tests.cases import Case, Oracle, Package, public
 from tests.references.sm3 import sm3
 
 CASE = Case(
@@ -17,10 +16,9 @@ CASE = Case(
     oracles=(
         Oracle(name="reference", run=sm3, rel=1e-6, why="float32 rounding of the weights, 3e-7 measured"),
         # It covers a 3-D tensor by slices of each dim, not by its matrices' rows; it has no weight decay.
-        Oracle(
+        Package(
             name="package",
             run=public(SM3),
-            dtype=torch.float32,
             variants=["default", "momentum"],
             where=lambda shape, _: 0 not in shape and len(shape) < 3,
             rel=0,
@@ -28,6 +26,5 @@ CASE = Case(
         ),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="maxima do not depend on their order",
 )

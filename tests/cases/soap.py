@@ -1,9 +1,8 @@
 """SOAP against the naive reference and pytorch_optimizer's, where the mathematics is stable."""
 
 import pytorch_optimizer
-import torch
 
-from tests.cases import Case, Options, Oracle, Shape, public
+from tests.cases import Case, Options, Oracle, Package, Shape, public
 from tests.references import soap
 
 AT_ONCE: Options = {"synchronous": True}
@@ -48,16 +47,14 @@ CASE = Case(
             rel=1e-3,
             why="eigenbases amplify float32 rounding by the condition number, 7e-5 measured between public ones",
         ),
-        Oracle(
+        Package(
             name="pytorch_optimizer",
             run=public(pytorch_optimizer.SOAP, for_pytorch_optimizer),
-            dtype=torch.float32,
             where=lambda shape, options: len(shape) == 2 and full_rank(shape, options),
             rel=1e-3,
             why="as the reference; a 3-D tensor has three factors there",
         ),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="amplifies rounding, so nothing weaker is honest; matrices are computed one by one",
 )

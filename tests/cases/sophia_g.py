@@ -14,6 +14,5 @@ CASE = Case(
     },
     oracles=(Oracle(name="reference", run=sophia, rel=2e-6, why="float32 rounding of the weights"),),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="elementwise",
 )

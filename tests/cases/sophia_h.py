@@ -2,9 +2,7 @@
 
 from functools import partial
 
-import torch
-
-from tests.cases import Case, Oracle
+from tests.cases import Case, Oracle, Package
 from tests.references import packages
 from tests.references.sophia import sophia
 
@@ -17,15 +15,13 @@ CASE = Case(
     variants={"mixed": {"lr": 0.01, "rho": 0.5, "betas": (0.9, 0.8)}, "default": {"lr": 1e-3}},
     oracles=(
         Oracle(name="reference", run=partial(sophia, **AUTHORS), rel=2e-6, why="float32 rounding of the weights"),
-        Oracle(
+        Package(
             name="pytorch_optimizer",
             run=packages.sophia_h,
-            dtype=torch.float32,
             rel=2e-6,
             why="order of operations",
         ),
     ),
     sharded=0,
-    sharded_stacks=0,
     sharded_why="elementwise",
 )

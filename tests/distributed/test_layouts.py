@@ -84,7 +84,7 @@ def check(case: str, variant: str, layout: str, world_size: int) -> None:
     answers = pool(world_size).run(
         f"{training.__name__}:on_ranks", declared.optimizer, options, layout, shapes, expected, declared.observes
     )
-    limit = declared.sharded_stacks if LAYOUTS[layout].has_repeated_shapes else declared.sharded
+    limit = declared.limit(LAYOUTS[layout].has_repeated_shapes)
     found = distances([report for report, _ in answers])
     assert set(found) == set(shapes)
     assert all(distance <= limit for distance in found.values()), f"limit {limit} ({declared.sharded_why}): {found}"

@@ -134,6 +134,11 @@ def step_in_backward(model: nn.Module, optimizer: Optimizer, *, two_pass: bool =
             that sums over all parameters, DDP (whose hooks see gradients before they are reduced), states partitioned over
             replicas, or a rule that needs other ranks in the middle of its mathematics.
     """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} cannot step in backward: it needs a closure, or is not of this package; use one that "
+            "distopt.create_optimizer makes of a rule"
+        )
     engine = optimizer.engine
     require(
         two_pass or (engine["max_grad_norm"] is None and engine["nonfinite"] is None),

@@ -138,6 +138,13 @@ def test_what_cannot_be_exact_is_refused(options: dict[str, Any], message: str) 
         distopt.step_in_backward(model, optimizer)
 
 
+def test_what_needs_a_closure_or_is_of_torch_is_refused() -> None:
+    model = model_of()
+    for optimizer in (distopt.LBFGS(model.parameters()), torch.optim.AdamW(model.parameters())):
+        with pytest.raises(TypeError, match="cannot step in backward"):
+            distopt.step_in_backward(model, optimizer)  # type: ignore[arg-type]
+
+
 def test_a_schedule_comes_after_and_sets_every_lr() -> None:
     model, optimizer = build(**OFF)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

@@ -129,6 +129,10 @@ def parameter_groups(
     Raises:
         ValueError: no parameter is for the matrix rule, or a name is not known.
     """
+    require(
+        isinstance(model, nn.Module),
+        f"create_optimizer takes the model itself, whose modules say what each parameter is for, got {type(model).__name__}",
+    )
     rule = rule_class(name)
     matrix = rule.reach == "matrix"
     declare_fsdp1(model)

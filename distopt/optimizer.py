@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from functools import cache
 from inspect import Parameter, Signature
 from typing import Any, ClassVar
 
@@ -469,8 +470,10 @@ def _check_group(group: dict[str, Any], position: int) -> None:
         check_served(name, global_shape(param), rule, group["split"])
 
 
+@cache
 def optimizer_class(name: str) -> type[Optimizer]:
-    """The public class of a rule: torch.optim's constructor, then this package's keyword-only options."""
+    """The public class of a rule, the same at every call: torch.optim's constructor, then this package's keyword-only
+    options."""
     rule = rule_class(name)
     parameters = [
         Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),

@@ -206,6 +206,8 @@ class Rule:
         """Raise ValueError for a hyperparameter out of range. Called at construction and whenever one changes."""
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name in ("lr", "weight_decay"):
+                require(isinstance(value, int | float), f"{field.name} must be a number, got {value!r}")
             if field.name in ("lr", "weight_decay", "eps", "momentum") and isinstance(value, int | float):
                 require(math.isfinite(value) and value >= 0, f"{field.name} must be a finite number ≥ 0, got {value!r}")
             if field.name == "betas":

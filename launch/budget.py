@@ -9,7 +9,7 @@ from torch import nn
 
 import distopt
 
-UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,5 +118,5 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2] not in UNITS:
-        raise ValueError(f"memory.budget={text!r}: expected a number and one of {', '.join(filter(None, UNITS))}")
+        raise ValueError(f"memory.budget={text!r}: expected a number and one of {', '.join(UNITS)}")
     return int(float(match[1]) * UNITS[match[2]])

@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
         choice = choose_memory(
             config.memory, model, config.optimizer.name, options, sequences=micro, length=config.data.max_length
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: no such model
         sys.exit(str(error))
     print(summary(memory_rows(choice, config)))
     if config.explain:

@@ -160,4 +160,6 @@ def test_explain_prints_what_will_be_used_and_stops(tmp_path: Path, capsys: pyte
 
 
 def test_sizes_have_units() -> None:
-    assert [parse_bytes(text) for text in ("8GiB", "1.5 MB", "12")] == [8 * 2**30, 1_500_000, 12]
+    assert [parse_bytes(text) for text in ("8GiB", "1.5 MB", "12 B")] == [8 * 2**30, 1_500_000, 12]
+    with pytest.raises(ValueError, match="a number and one of B, KiB"):
+        parse_bytes("16")

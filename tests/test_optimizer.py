@@ -571,3 +571,22 @@ def test_a_sparse_gradient_is_refused_by_name_and_nothing_changes() -> None:
 def test_an_empty_parameter_list_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         distopt.AdamW([])
+
+
+def test_what_create_optimizer_makes_is_of_the_public_class_and_pickles() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = distopt.create_optimizer("muon", model, lr=0.1)
+    assert isinstance(optimizer, distopt.Muon)
+    assert type(pickle.loads(pickle.dumps(optimizer))) is distopt.Muon
+
+
+def test_plausible_mistakes_are_named() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="takes the model itself"):
+        distopt.create_optimizer("muon", model.parameters(), lr=0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lr must be a number, got '3e-4'"):
+        distopt.AdamW(model.parameters(), lr="3e-4")
+    with pytest.raises(ValueError, match="did you mean 'adamw'"):
+        distopt.create_optimizer("AdamW", model, lr=0.1)
+    with pytest.raises(TypeError, match="load its state_dict"):
+        copy.deepcopy(distopt.LBFGS(model.parameters()))

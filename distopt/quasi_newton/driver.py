@@ -73,6 +73,11 @@ class QuasiNewton(torch.optim.Optimizer):
     def state(self, value: Any) -> None:
         assert not value, "states are made at bind and loaded with load_state_dict"
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled; build another one and load its state_dict()"
+        )
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; see the class."""
         raise NotImplementedError

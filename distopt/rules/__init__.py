@@ -99,7 +99,7 @@ def rule_class(name: str) -> type[Rule]:
     if name not in RULES:
         import difflib
 
-        near = difflib.get_close_matches(str(name), RULES, n=1)
+        near = difflib.get_close_matches(str(name).lower(), RULES, n=1)
         raise ValueError(
             f"no rule is called {name!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(RULES)})"
         )

@@ -108,7 +108,7 @@ def test_the_health_check_takes_a_step_and_fails_without_its_device() -> None:
 def test_the_commands_of_the_cpu_target_work_in_a_clean_environment(tmp_path: Path) -> None:
     """Every COPY, RUN, HEALTHCHECK and CMD in order, with the image's folders moved below a temporary one. Users are not
     made, and CMD trains for two steps. pip finds torch's CPU build where the caller's settings say."""
-    moved = {"/app": tmp_path / "app", "/work": tmp_path / "work", "/opt/venv": tmp_path / "venv"}
+    moved = {"/app": tmp_path / "app", "/workspace": tmp_path / "work", "/opt/venv": tmp_path / "venv"}
 
     def here(text: str) -> str:
         for old, new in moved.items():

@@ -31,7 +31,7 @@ from distopt.state.faces import Faces
 from distopt.state.loading import load_state_dict
 from distopt.state.units import MASTER
 from distopt.state.windows import Window, make_window
-from distopt.verdict import Verdict, first_nonfinite, reach_verdict
+from distopt.verdict import Verdict, first_nonfinite, reach_verdict, sum_squares
 
 PREFIXES = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"}
 
@@ -243,6 +243,7 @@ class Bound:
         scale = 1.0 / grad_scale
         if engine["max_grad_norm"] is not None and norm is not None:
             scale *= min(1.0, engine["max_grad_norm"] / (norm + 1e-6))
+        stepped: list[BoundGroup | BoundElementwise] = []
         # Groups whose rule sums over the whole optimizer wait for each other.
         together: dict[type[Rule], tuple[list[Run], list[tuple[str, int]], list[BoundGroup]]] = {}
         start = 0
@@ -251,6 +252,7 @@ class Bound:
             start += len(group.windows)
             if len(inert) == len(group.windows):
                 continue
+            stepped.append(group)
             if scale != 1.0:
                 group.scale(scale)
             if engine["maximize"]:
@@ -272,7 +274,7 @@ class Bound:
             run_in_step(runs, self._total, barriers)
             for group in joined:
                 group.finish()
-        for group in self.groups:
+        for group in stepped:
             self._gather(group.windows)
         return Verdict(norm, True, verdict.inert, verdict.partial)
 
@@ -305,13 +307,7 @@ class Bound:
 
     def total_norm(self, squares: float) -> float:
         """The global norm, from this rank's sum of squares; inf where something is not finite."""
-        finite = math.isfinite(squares)
-        both = torch.tensor([squares if finite else 0.0, float(not finite)], dtype=torch.float64, device=self.device)
-        work = self.norm.all_reduce(both)
-        if work is not None:
-            work.wait()
-        total, bad = both.tolist()
-        return math.inf if bad else math.sqrt(total)
+        return math.sqrt(sum_squares(squares, self.norm, self.device))
 
     def swap(self, groups: list[dict[str, Any]], wanted: list[bool]) -> None:
         """Exchange the weights that are trained for those to evaluate, or back, in the groups that are `wanted`."""

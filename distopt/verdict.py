@@ -97,12 +97,7 @@ def reach_verdict(
         inert = frozenset(i for i in range(count) if not there[i])
         partial = frozenset(i for i in range(count) if there[i] and lacking[i])
     if norm.size > 1 and (checked or found_inf is not None):
-        finite = math.isfinite(squares)
-        both = torch.tensor([squares if finite else 0.0, 0.0 if finite else 1.0], dtype=torch.float64, device=device)
-        _sum(norm, both)
-        squares, bad = both.tolist()
-        if bad:
-            squares = math.inf
+        squares = sum_squares(squares, norm, device)
     if error is not None:
         raise error
     if failed:
@@ -111,6 +106,15 @@ def reach_verdict(
         return Verdict(None, True, inert, partial)
     total = math.sqrt(squares) if math.isfinite(squares) else math.inf
     return Verdict(None if flats is None else total, math.isfinite(squares), inert, partial)
+
+
+def sum_squares(squares: float, norm: Domain, device: torch.device) -> float:
+    """This rank's sum of squares added over the ranks of `norm`; inf where any is not finite."""
+    finite = math.isfinite(squares)
+    both = torch.tensor([squares if finite else 0.0, 0.0 if finite else 1.0], dtype=torch.float64, device=device)
+    _sum(norm, both)
+    total, bad = both.tolist()
+    return math.inf if bad else float(total)
 
 
 def first_nonfinite(grads: Sequence[Tensor | None], union: Domain, device: torch.device) -> int:

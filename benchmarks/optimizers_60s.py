@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ MATRIX = {"galore", "apollo"}
 CONSTANT = {"schedule_free_adamw"}
 
 
-def train(name: str, lr: float, options: dict[str, Any], steps: int) -> dict[str, Any]:
-    """One run: its losses, what it keeps, and how long it took; or how it failed."""
+def train(name: str, lr: float, options: dict[str, Any], steps: int, extra: Sequence[str] = ()) -> dict[str, Any]:
+    """One run, with `extra` arguments: its losses, what it keeps, and how long it took; or how it failed."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -58,6 +59,7 @@ def train(name: str, lr: float, options: dict[str, Any], steps: int) -> dict[str
             command += ["--optimizer.rest", "adamw", "--optimizer.rest_options.lr", "3e-3"]
         if name in CONSTANT:
             command += ["--schedule.kind", "constant"]
+        command += extra
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         run: dict[str, Any] = {"name": name, "lr": lr, "options": options, "steps": steps}

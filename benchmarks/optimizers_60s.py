@@ -3,17 +3,18 @@
     python -m benchmarks.optimizers_60s [--steps 150] [--runs N]
 
 The main job on configs/pretrain_60s.yaml (a byte-level Llama of 0.7M parameters on the Python standard library), one
-process, one thread. Every optimizer gets as many learning rates, a factor of about 3 apart around what its authors
-take for small models, and nothing else is tuned. All warm up for 20 steps and decay by a cosine, except
-Schedule-Free. A matrix rule has AdamW at lr 3e-3 for embeddings, head and norms, so it has two lrs where others have
-one. Runs that are in the result already are not repeated: --runs does so many more and stops. One seed; seeds differ
-by about .01.
+process, one thread. Every optimizer gets three learning rates, a factor of about 3 apart around what its authors take
+for small models, and then more of them (1, 3, 10, 30, …) until its best one lies between two others; nothing else is
+tuned. All warm up for 20 steps and decay by a cosine, except Schedule-Free. A matrix rule has AdamW at lr 3e-3 for
+embeddings, head and norms, so it has two lrs where others have one. Runs that are in the result already are not
+repeated: --runs does so many more and stops. One seed; seeds differ by about .01.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -37,7 +38,7 @@ TRIALS: dict[str, tuple[tuple[float, ...], dict[str, Any]]] = {
     "schedule_free_adamw": ((1e-2, 3e-3, 3e-2), {}),
     "prodigy": ((1.0, 0.3, 3.0), {}),
 }
-"""Name → learning rates, the middle one first, and options."""
+"""Name → learning rates to begin with, the middle one first, and options."""
 MATRIX = {"galore", "apollo"}
 CONSTANT = {"schedule_free_adamw"}
 
@@ -81,6 +82,29 @@ def best(runs: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
     """The run of an optimizer with the lowest validation loss."""
     finite = [run for run in runs if run["name"] == name and run["val_loss"] is not None]
     return min(finite, key=lambda run: run["val_loss"]) if finite else None
+
+
+def wanted(runs: list[dict[str, Any]]) -> tuple[str, float] | None:
+    """The next run: of the lrs to begin with, middle ones first; then one beyond the edge where the best one lies."""
+    done = {(run["name"], run["lr"]) for run in runs}
+    for i in range(3):
+        for name, (lrs, _) in TRIALS.items():
+            if (name, lrs[i]) not in done:
+                return name, lrs[i]
+    for name in TRIALS:
+        tried = sorted(lr for other, lr in done if other == name)
+        found = best(runs, name)
+        if found is None or found["lr"] == tried[0]:
+            return name, neighbour(tried[0], -1)
+        if found["lr"] == tried[-1]:
+            return name, neighbour(tried[-1], 1)
+    return None
+
+
+def neighbour(lr: float, direction: int) -> float:
+    """The next one up or down of …, .1, .3, 1, 3, 10, …"""
+    place = round(2 * math.log10(lr)) + direction
+    return float(f"{(1, 3)[place % 2]}e{place // 2}")
 
 
 def summarize(runs: list[dict[str, Any]], steps: int) -> dict[str, Any]:
@@ -142,16 +166,17 @@ def main() -> None:
     """Do the runs that are missing, and write what there is after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--runs", type=int, default=10**6, help="at most so many; those of the middle lr come first")
+    parser.add_argument("--runs", type=int, default=10**6, help="at most so many")
     arguments = parser.parse_args()
     path = RESULTS / f"{NAME}.json"
     known = json.loads(path.read_text()) if path.exists() else {"steps": arguments.steps, "runs": []}
     runs = known["runs"] if known["steps"] == arguments.steps else []
-    done = {(run["name"], run["lr"]) for run in runs}
-    count = max(len(lrs) for lrs, _ in TRIALS.values())
-    wanted = [(name, lrs[i], options) for i in range(count) for name, (lrs, options) in TRIALS.items()]
-    for name, lr, options in [trial for trial in wanted if trial[:2] not in done][: arguments.runs]:
-        runs.append(train(name, lr, options, arguments.steps))
+    for _ in range(arguments.runs):
+        trial = wanted(runs)
+        if trial is None:
+            break
+        name, lr = trial
+        runs.append(train(name, lr, TRIALS[name][1], arguments.steps))
         print(name, f"{lr:g}", _loss(runs[-1]), runs[-1].get("failed", ""), flush=True)
         write_result(NAME, summarize(runs, arguments.steps))
     write_result(NAME, summarize(runs, arguments.steps))

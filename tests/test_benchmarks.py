@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import optimizers_60s, report
 from benchmarks.shapes import gpt2_124m, hidden_matrices, llama3_8b
 
 
@@ -48,3 +48,16 @@ def test_a_marker_without_a_result_and_a_ragged_row_are_errors(tmp_path: Path) -
         report.fill("<!-- benchmark:absent -->\n<!-- /benchmark:absent -->\n", tmp_path)
     with pytest.raises(ValueError, match="3 cells for 2 columns"):
         report.write_result("ragged", {"columns": ["a", "b"], "rows": [[1, 2, 3]]})
+
+
+def test_trials_go_on_until_the_best_rate_lies_between_two_others() -> None:
+    losses = {0.0001: 2.5, 0.0003: 2.4, 0.001: 2.6, 0.003: 2.7, 0.01: None}
+    runs: list[dict[str, object]] = []
+    for name, (lrs, _) in optimizers_60s.TRIALS.items():
+        others = [1.0, 0.5, 1.0] if name != "adamw" else [losses[lr] for lr in sorted(lrs)]
+        runs += [{"name": name, "lr": lr, "val_loss": loss} for lr, loss in zip(sorted(lrs), others)]
+    tried = []
+    while (trial := optimizers_60s.wanted(runs)) is not None:
+        tried.append(trial)
+        runs.append({"name": trial[0], "lr": trial[1], "val_loss": losses[trial[1]]})
+    assert tried == [("adamw", 0.0003), ("adamw", 0.0001)]

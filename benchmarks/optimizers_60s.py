@@ -37,9 +37,15 @@ TRIALS: dict[str, tuple[tuple[float, ...], dict[str, Any]]] = {
     "came": ((1e-3, 3e-4, 3e-3), {}),
     "schedule_free_adamw": ((1e-2, 3e-3, 3e-2), {}),
     "prodigy": ((1.0, 0.3, 3.0), {}),
+    "lion": ((3e-4, 1e-4, 1e-3), {}),
+    "ademamix": ((1e-3, 3e-4, 3e-3), {}),
+    "mars": ((3e-3, 1e-3, 1e-2), {}),
+    "adam_mini": ((1e-3, 3e-4, 3e-3), {}),
+    "muon": ((1e-2, 3e-3, 3e-2), {}),
+    "soap": ((3e-3, 1e-3, 1e-2), {}),
 }
 """Name → learning rates to begin with, the middle one first, and options."""
-MATRIX = {"galore", "apollo"}
+MATRIX = {"galore", "apollo", "muon", "soap"}
 CONSTANT = {"schedule_free_adamw"}
 
 

@@ -55,6 +55,7 @@ class Oracle:
         why: Where this tolerance comes from.
         dtype: What the oracle computes in; ours always computes in float32.
         variants: The case's variants that it has; None is all of them.
+        but: Less these.
         where: Shapes, under a variant's options, for which the comparison is defined.
     """
 
@@ -64,11 +65,43 @@ class Oracle:
     why: str
     dtype: torch.dtype = torch.float64
     variants: Sequence[str] | None = None
+    but: Sequence[str] = ()
     where: Callable[[Shape, Options], bool] = always
+
+    def has(self, variant: str) -> bool:
+        """Whether it computes this variant."""
+        return (self.variants is None or variant in self.variants) and variant not in self.but
 
 
 Package = partial(Oracle, dtype=torch.float32)
 """A public package, which computes in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharded:
+    """How far the same steps on any layout may be from one process.
+
+    Attributes:
+        rel: Largest rel; 0 demands torch.equal.
+        stacks: The same for models with several matrices of one shape, which may be batched differently, where that is
+            more.
+        why: Where these two come from.
+    """
+
+    rel: float
+    stacks: float | None = None
+    why: str
+
+
+ELEMENTWISE = Sharded(rel=0, why="elementwise: no result depends on a cut")
+SUMS = Sharded(rel=1e-6, why="sums over ranks come in another order")
+BATCHED = Sharded(
+    rel=0,
+    stacks=1e-5,
+    why="whole matrices at one owner give the same bits; a batch of another size may use another kernel",
+)
+AMPLIFYING = Sharded(rel=0, why="amplifies rounding, so nothing weaker is honest; matrices are computed one by one")
+MATRICES = frozenset({2, 3})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,28 +119,24 @@ class Case:
         first_update: The step, counted from 1, that first changes weights.
         alone: Each shape is compared with its oracles in an optimizer of its own, since sums run over all parameters.
         torch_class: The class of torch.optim whose argument names, order and defaults it has, if torch has it.
-        sharded: Largest rel against one process on any layout; 0 demands torch.equal.
-        sharded_stacks: The same for models with several matrices of one shape, which may be batched differently, where
-            that is more.
-        sharded_why: Where these two come from.
+        sharded: How far it may be from one process.
     """
 
     optimizer: str
     variants: dict[str, Options]
     oracles: tuple[Oracle, ...]
-    ndims: frozenset[int]
+    ndims: frozenset[int] = frozenset({0, 1, 2, 3})
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     observes: str | None = None
     first_update: int = 1
     alone: bool = False
     torch_class: type[torch.optim.Optimizer] | None = None
-    sharded: float
-    sharded_stacks: float | None = None
-    sharded_why: str
+    sharded: Sharded
 
     def limit(self, repeated: bool) -> float:
         """Largest rel on a layout, whose shapes may be repeated."""
-        return self.sharded_stacks if repeated and self.sharded_stacks is not None else self.sharded
+        stacks = self.sharded.stacks
+        return stacks if repeated and stacks is not None else self.sharded.rel
 
     def accepted(self, shapes: dict[str, Shape]) -> dict[str, Shape]:
         """The shapes that this rule takes."""
@@ -143,3 +172,15 @@ def public(cls: Callable[..., torch.optim.Optimizer], translate: Callable[[Optio
         return param.detach()
 
     return run
+
+
+def against(
+    cls: type[torch.optim.Optimizer], translate: Callable[[Options], Options] = dict, **settings: Any
+) -> Oracle:
+    """A public optimizer as an oracle with the name of its package; `translate` turns our options into its."""
+    return Package(name=cls.__module__.partition(".")[0], run=public(cls, translate), **settings)
+
+
+def without(*names: str) -> Callable[[Options], Options]:
+    """Options less those that a public class does not have."""
+    return lambda options: {name: value for name, value in options.items() if name not in names}

@@ -1,21 +1,16 @@
 """AdamW against torch.optim.AdamW and the naive reference; cautious against pytorch_optimizer's AdEMAMix."""
 
-import pytorch_optimizer
 import torch
+from pytorch_optimizer import AdEMAMix
 
-from tests.cases import Case, Options, Oracle, Package, public
+from tests.cases import ELEMENTWISE, Case, Oracle, against
 from tests.references import adamw
 
-
-def without_slow_mean(options: Options) -> Options:
-    """Its AdamW has no cautious option, its AdEMAMix has."""
-    return {"alpha": 0.0, "weight_decouple": True, **options}
-
+CAUTIOUS = {"alpha": 0.0, "weight_decouple": True}  # their AdamW has no such option, their AdEMAMix has
 
 CASE = Case(
     optimizer="AdamW",
     torch_class=torch.optim.AdamW,
-    ndims=frozenset({0, 1, 2, 3}),
     variants={
         "default": {},
         "betas": {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
@@ -25,21 +20,8 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=adamw, rel=2e-6, why="float32 rounding of the weights at lr 1e-3, 1e-6 measured"),
-        Package(
-            name="torch",
-            run=public(torch.optim.AdamW),
-            variants=("default", "betas", "no_decay", "amsgrad"),
-            rel=1e-6,
-            why="elementwise, same formula",
-        ),
-        Package(
-            name="pytorch_optimizer",
-            run=public(pytorch_optimizer.AdEMAMix, without_slow_mean),
-            variants=("cautious",),
-            rel=1e-6,
-            why="same formula",
-        ),
+        against(torch.optim.AdamW, but=["cautious"], rel=1e-6, why="elementwise, same formula"),
+        against(AdEMAMix, lambda options: CAUTIOUS | options, variants=["cautious"], rel=1e-6, why="same formula"),
     ),
-    sharded=0,
-    sharded_why="elementwise: no result depends on a cut; cautious: counts are exact",
+    sharded=ELEMENTWISE,
 )

@@ -2,7 +2,7 @@
 
 from pytorch_optimizer import AdEMAMix
 
-from tests.cases import Case, Options, Oracle, Package, public
+from tests.cases import ELEMENTWISE, Case, Options, Oracle, against
 from tests.references.ademamix import ademamix
 
 
@@ -14,15 +14,13 @@ def theirs(options: Options) -> Options:
 
 CASE = Case(
     optimizer="AdEMAMix",
-    ndims=frozenset({0, 1, 2, 3}),
     variants={
         "default": {},
         "warmup": {"lr": 0.01, "betas": (0.8, 0.95, 0.999), "alpha": 8.0, "t_alpha": 6, "t_beta3": 6},
     },
     oracles=(
         Oracle(name="reference", run=ademamix, rel=2e-6, why="float32 rounding of the weights, 1.3e-6 measured"),
-        Package(name="package", run=public(AdEMAMix, theirs), rel=1e-6, why="same formula"),
+        against(AdEMAMix, theirs, rel=1e-6, why="same formula"),
     ),
-    sharded=0,
-    sharded_why="elementwise: no result depends on a cut",
+    sharded=ELEMENTWISE,
 )

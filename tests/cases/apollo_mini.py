@@ -1,14 +1,14 @@
 """APOLLO-Mini: APOLLO with the authors' setting."""
 
-from tests.cases import Case, Oracle, Package
+from tests.cases import BATCHED, Case, Oracle, Package
 from tests.references.apollo import apollo
-from tests.references.packages import apollo_torch, one_matrix
+from tests.references.packages import apollo_torch
+from tests.references.where import one_matrix
 
 MINI = {"rank": 1, "scale": 128.0, "scale_type": "tensor"}
 
 CASE = Case(
     optimizer="APOLLOMini",
-    ndims=frozenset({0, 1, 2, 3}),
     variants={"default": {}, "often": {"lr": 0.01, "update_proj_gap": 2, "weight_decay": 0.1, "scale": 16.0}},
     oracles=(
         Oracle(name="reference", run=lambda w, g, **o: apollo(w, g, **{**MINI, **o}), rel=1e-5, why="as for APOLLO"),
@@ -20,7 +20,5 @@ CASE = Case(
             why="order of sums",
         ),
     ),
-    sharded=0,
-    sharded_stacks=1e-5,
-    sharded_why="as for APOLLO",
+    sharded=BATCHED,
 )

@@ -1,11 +1,10 @@
 """CASPR against the formula of its paper."""
 
-from tests.cases import Case, Oracle
+from tests.cases import AMPLIFYING, Case, Oracle
 from tests.references import caspr
 
 CASE = Case(
     optimizer="CASPR",
-    ndims=frozenset({0, 1, 2, 3}),
     variants={
         "adam": {
             "betas": (0.9, 0.99),
@@ -20,6 +19,5 @@ CASE = Case(
     oracles=(
         Oracle(name="reference", run=caspr, rel=1e-3, why="inverse roots amplify float32 rounding, as in Shampoo"),
     ),
-    sharded=0,
-    sharded_why="amplifies rounding, so nothing weaker is honest; matrices are computed one by one",
+    sharded=AMPLIFYING,
 )

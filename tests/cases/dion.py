@@ -1,11 +1,11 @@
 """Dion against the naive reference."""
 
-from tests.cases import Case, Oracle
+from tests.cases import AMPLIFYING, MATRICES, Case, Oracle
 from tests.references.dion import dion
 
 CASE = Case(
     optimizer="Dion",
-    ndims=frozenset({2, 3}),
+    ndims=MATRICES,
     variants={
         "quarter": {"rank_fraction": 0.25, "mu": 0.9, "weight_decay": 0.1},
         "default": {},
@@ -19,6 +19,5 @@ CASE = Case(
             why="QR amplifies rounding of directions with little in them, 8e-6 measured",
         ),
     ),
-    sharded=0,
-    sharded_why="amplifies rounding; matrices are computed one by one",
+    sharded=AMPLIFYING,
 )

@@ -1,12 +1,12 @@
 """GaLore against galore_torch, where no sign of a singular vector matters, and the naive reference."""
 
-from tests.cases import Case, Oracle
+from tests.cases import AMPLIFYING, Case, Oracle
 from tests.references.galore import galore
-from tests.references.packages import galore_torch, one_matrix
+from tests.references.packages import galore_torch
+from tests.references.where import one_matrix
 
 CASE = Case(
     optimizer="GaLore",
-    ndims=frozenset({0, 1, 2, 3}),
     variants={
         "low_rank": {"lr": 0.01, "rank": 3, "betas": (0.8, 0.95), "weight_decay": 0.1},
         "default": {},
@@ -23,6 +23,5 @@ CASE = Case(
             why="its singular vectors are float32 whatever it is given; after a refresh their signs matter",
         ),
     ),
-    sharded=0,
-    sharded_why="amplifies rounding, so nothing weaker is honest; matrices are computed one by one",
+    sharded=AMPLIFYING,
 )

@@ -1,13 +1,14 @@
 """KL-Shampoo against the naive reference, where the first factors have full rank."""
 
-from tests.cases import Case, Oracle
-from tests.cases.soap import AT_ONCE, full_rank
+from tests.cases import AMPLIFYING, MATRICES, Case, Oracle
+from tests.cases.soap import AT_ONCE
 from tests.references import kl_shampoo
+from tests.references.where import full_rank
 
 CASE = Case(
     optimizer="KLShampoo",
     first_update=2,
-    ndims=frozenset({2, 3}),
+    ndims=MATRICES,
     variants={
         "default": AT_ONCE | {"lr": 1e-3},
         "frequent": {"lr": 0.01, "precondition_frequency": 1, "weight_decay": 0.1},
@@ -24,6 +25,5 @@ CASE = Case(
             why="eigenvalues move slowly, so little is amplified: 2e-6 measured; the authors' code is 1e-6 from it",
         ),
     ),
-    sharded=0,
-    sharded_why="amplifies rounding, so nothing weaker is honest; matrices are computed one by one",
+    sharded=AMPLIFYING,
 )

@@ -2,13 +2,12 @@
 
 import torch
 
-from tests.cases import Case, Oracle, Package, public
+from tests.cases import ELEMENTWISE, Case, Oracle, against
 from tests.references.adam import nadam
 
 CASE = Case(
     optimizer="NAdam",
     torch_class=torch.optim.NAdam,
-    ndims=frozenset({0, 1, 2, 3}),
     variants={
         "default": {},
         "decay": {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "momentum_decay": 0.1},
@@ -16,8 +15,7 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=nadam, rel=2e-6, why="float32 rounding of the weights, 7e-7 measured"),
-        Package(name="torch", run=public(torch.optim.NAdam), rel=1e-6, why="elementwise, same formula"),
+        against(torch.optim.NAdam, rel=1e-6, why="elementwise, same formula"),
     ),
-    sharded=0,
-    sharded_why="elementwise: no result depends on a cut",
+    sharded=ELEMENTWISE,
 )

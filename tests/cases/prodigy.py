@@ -2,7 +2,7 @@
 
 from prodigyopt import Prodigy
 
-from tests.cases import Case, Oracle, Package, public
+from tests.cases import SUMS, Case, Oracle, against
 from tests.references.prodigy import prodigy
 
 VARIANTS = {
@@ -13,13 +13,11 @@ VARIANTS = {
 
 CASE = Case(
     optimizer="Prodigy",
-    ndims=frozenset({0, 1, 2, 3}),
     variants=VARIANTS,
     oracles=(
         Oracle(name="reference", run=prodigy, rel=2e-6, why="float32 sums and rounding"),
-        Package(name="package", run=public(Prodigy), rel=2e-6, why="same formula"),
+        against(Prodigy, rel=2e-6, why="same formula"),
     ),
     alone=True,
-    sharded=1e-6,
-    sharded_why="sums in another order",
+    sharded=SUMS,
 )

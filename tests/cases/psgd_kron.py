@@ -1,12 +1,13 @@
 """PSGD-Kron against pytorch_optimizer's, with the same probes, and the naive reference."""
 
-from tests.cases import Case, Oracle, Package
-from tests.references.packages import kron, one_matrix
+from tests.cases import AMPLIFYING, MATRICES, Case, Oracle, Package
+from tests.references.packages import kron
 from tests.references.psgd_kron import psgd_kron
+from tests.references.where import one_matrix
 
 CASE = Case(
     optimizer="PSGDKron",
-    ndims=frozenset({2, 3}),
+    ndims=MATRICES,
     variants={
         "default": {},
         "diagonal": {"lr": 0.01, "max_size_triangular": 30, "weight_decay": 0.1, "momentum": 0.5, "seed": 3},
@@ -23,6 +24,5 @@ CASE = Case(
             why="as the reference; a 3-D tensor has three factors there",
         ),
     ),
-    sharded=0,
-    sharded_why="amplifies rounding; matrices are computed one by one",
+    sharded=AMPLIFYING,
 )

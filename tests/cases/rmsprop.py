@@ -2,12 +2,11 @@
 
 import torch
 
-from tests.cases import Case, Oracle, Package, public
+from tests.cases import ELEMENTWISE, Case, Oracle, against
 from tests.references.adagrad import rmsprop
 
 CASE = Case(
     optimizer="RMSprop",
-    ndims=frozenset({0, 1, 2, 3}),
     variants={
         "default": {},
         "momentum": {"lr": 0.01, "alpha": 0.9, "eps": 1e-6, "weight_decay": 0.1, "momentum": 0.9},
@@ -15,8 +14,7 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=rmsprop, rel=1e-6, why="float32 rounding of the weights, 2e-7 measured"),
-        Package(name="torch", run=public(torch.optim.RMSprop), rel=1e-6, why="same formula"),
+        against(torch.optim.RMSprop, rel=1e-6, why="same formula"),
     ),
-    sharded=0,
-    sharded_why="elementwise: no result depends on a cut",
+    sharded=ELEMENTWISE,
 )

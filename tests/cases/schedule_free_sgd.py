@@ -1,24 +1,13 @@
 """Schedule-Free SGD against schedulefree's and the naive reference."""
 
-from typing import Any
+from schedulefree import SGDScheduleFree
 
-import schedulefree
-import torch
-
-from tests.cases import Case, Oracle, Package, public
+from tests.cases import ELEMENTWISE, Case, Oracle, Package, public
+from tests.references.packages import in_training
 from tests.references.schedule_free import schedule_free_sgd
-
-
-def theirs(*args: Any, **options: Any) -> torch.optim.Optimizer:
-    """Theirs begins in evaluation mode."""
-    optimizer = schedulefree.SGDScheduleFree(*args, **options)
-    optimizer.train()
-    return optimizer
-
 
 CASE = Case(
     optimizer="ScheduleFreeSGD",
-    ndims=frozenset({0, 1, 2, 3}),
     variants={
         "default": {},
         "warmup": {
@@ -32,8 +21,7 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=schedule_free_sgd, rel=1e-6, why="float32 rounding"),
-        Package(name="package", run=public(theirs), rel=1e-6, why="same formula"),
+        Package(name="package", run=public(in_training(SGDScheduleFree)), rel=1e-6, why="same formula"),
     ),
-    sharded=0,
-    sharded_why="elementwise: no result depends on a cut",
+    sharded=ELEMENTWISE,
 )

@@ -1,14 +1,14 @@
 """Scion against pytorch_optimizer's, where its lmo is not rounded to bf16, and the naive reference."""
 
-import pytorch_optimizer
+from pytorch_optimizer import SCION
 
-from tests.cases import Case, Oracle, Package, public
+from tests.cases import Case, Oracle, Sharded, against
 from tests.references.packages import scion_options
 from tests.references.scion import scion
+from tests.references.where import scion_in_fp32
 
 CASE = Case(
     optimizer="Scion",
-    ndims=frozenset({0, 1, 2, 3}),
     variants={
         "default": {},
         "sign": {"lr": 2**-12, "norm": "sign", "scale": 3000.0},
@@ -16,16 +16,7 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=scion, rel=1e-5, why="as for Muon"),
-        Package(
-            name="pytorch_optimizer",
-            run=public(pytorch_optimizer.SCION, scion_options),
-            # It iterates in bf16; its signs take matrices, its root mean squares vectors.
-            where=lambda shape, options: 0 not in shape and len(shape) == (2 if options.get("norm") else 1),
-            rel=2e-6,
-            why="float32 rounding of the weights",
-        ),
+        against(SCION, scion_options, where=scion_in_fp32, rel=2e-6, why="float32 rounding of the weights"),
     ),
-    sharded=1e-6,
-    sharded_stacks=1e-5,
-    sharded_why="sums of vectors over ranks come in another order; batches as in Muon",
+    sharded=Sharded(rel=1e-6, stacks=1e-5, why="sums of vectors over ranks come in another order; batches as in Muon"),
 )

@@ -2,12 +2,11 @@
 
 import pytorch_optimizer
 
-from tests.cases import Case, Oracle, Package, public
+from tests.cases import ELEMENTWISE, Case, Oracle, against
 from tests.references.signum import signum
 
 CASE = Case(
     optimizer="Signum",
-    ndims=frozenset({0, 1, 2, 3}),
     variants={
         "default": {},
         "decay": {"lr": 0.01, "momentum": 0.5, "weight_decay": 0.1},
@@ -15,13 +14,7 @@ CASE = Case(
     },
     oracles=(
         Oracle(name="reference", run=signum, rel=1e-6, why="float32 rounding of the weights, 7e-7 measured"),
-        Package(
-            name="pytorch_optimizer",
-            run=public(pytorch_optimizer.SignSGD),
-            rel=1e-6,
-            why="same formula",
-        ),
+        against(pytorch_optimizer.SignSGD, rel=1e-6, why="same formula"),
     ),
-    sharded=0,
-    sharded_why="elementwise: no result depends on a cut",
+    sharded=ELEMENTWISE,
 )

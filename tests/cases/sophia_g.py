@@ -1,11 +1,10 @@
 """Sophia-G against the naive reference."""
 
-from tests.cases import Case, Oracle
+from tests.cases import ELEMENTWISE, Case, Oracle
 from tests.references.sophia import sophia
 
 CASE = Case(
     optimizer="SophiaG",
-    ndims=frozenset({0, 1, 2, 3}),
     observes="hessian",
     variants={
         "mixed": {"lr": 0.01, "rho": 0.1, "bs": 40.0, "betas": (0.9, 0.8), "weight_decay": 0.1},
@@ -13,6 +12,5 @@ CASE = Case(
         "unclipped": {"lr": 0.01, "rho": 1.0, "bs": 50.0},
     },
     oracles=(Oracle(name="reference", run=sophia, rel=2e-6, why="float32 rounding of the weights"),),
-    sharded=0,
-    sharded_why="elementwise",
+    sharded=ELEMENTWISE,
 )

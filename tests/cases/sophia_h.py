@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from tests.cases import Case, Oracle, Package
+from tests.cases import ELEMENTWISE, Case, Oracle, Package
 from tests.references import packages
 from tests.references.sophia import sophia
 
@@ -10,7 +10,6 @@ AUTHORS = {"betas": (0.96, 0.99), "rho": 0.01, "bs": 1, "squared": False}
 
 CASE = Case(
     optimizer="SophiaH",
-    ndims=frozenset({0, 1, 2, 3}),
     observes="hessian",
     variants={"mixed": {"lr": 0.01, "rho": 0.5, "betas": (0.9, 0.8)}, "default": {"lr": 1e-3}},
     oracles=(
@@ -22,6 +21,5 @@ CASE = Case(
             why="order of operations",
         ),
     ),
-    sharded=0,
-    sharded_why="elementwise",
+    sharded=ELEMENTWISE,
 )

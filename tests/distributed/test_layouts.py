@@ -87,7 +87,7 @@ def check(case: str, variant: str, layout: str, world_size: int) -> None:
     limit = declared.limit(LAYOUTS[layout].has_repeated_shapes)
     found = distances([report for report, _ in answers])
     assert set(found) == set(shapes)
-    assert all(distance <= limit for distance in found.values()), f"limit {limit} ({declared.sharded_why}): {found}"
+    assert all(distance <= limit for distance in found.values()), f"limit {limit} ({declared.sharded.why}): {found}"
 
 
 COVER = cover(product())

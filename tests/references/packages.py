@@ -1,23 +1,19 @@
 """Public packages whose constructors or steps are not torch.optim's, called as the naive references are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 from unittest.mock import patch
 
 import pytorch_optimizer
 import torch
+from adam_mini import Adam_mini  # type: ignore[import-untyped]
 from apollo_torch import APOLLOAdamW  # type: ignore[import-untyped]
 from galore_torch import GaLoreAdamW  # type: ignore[import-untyped]
 from pytorch_optimizer.optimizer.scion import LMONorm
 from torch import Tensor, nn
 
-from tests.cases import Options, Shape, public
-
-
-def one_matrix(shape: Shape, options: Options) -> bool:
-    """For packages that take a matrix or a vector that is not empty."""
-    return 0 not in shape and len(shape) in (1, 2)
+from tests.cases import Options, public, without
 
 
 def galore_torch(weight: Tensor, grads: Sequence[Tensor], **options: Any) -> Tensor:
@@ -109,3 +105,37 @@ def kron(weight: Tensor, grads: Sequence[Tensor], **options: Any) -> Tensor:
 
     with patch("torch.randn_like", probe):
         return public(build)(weight, grads, **options)
+
+
+def in_training(cls: Callable[..., Any]) -> Callable[..., torch.optim.Optimizer]:
+    """schedulefree's begin in evaluation mode."""
+
+    def build(params: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = cls(params, **options)
+        optimizer.train()  # type: ignore[attr-defined]
+        return optimizer
+
+    return build
+
+
+def named_adam_mini(params: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    """It decides by names: per row in an MLP, one block for what it does not know."""
+    named_parameters = [("mlp.weight" if param.ndim > 1 else "scale", param) for param in params]
+    return Adam_mini(named_parameters, dim=8, n_heads=1, verbose=False, **options)
+
+
+def normuon_of_pytorch_optimizer(weight: Tensor, grads: Sequence[Tensor], **options: Any) -> Tensor:
+    """Its groups say which rule they want; its two scales are ours with a name."""
+    scale = "match_rms" if options.get("adjust_lr_fn", "rms") == "rms" else "preserve_norm"
+    defaults = {"lr": 1e-3, "weight_decay": 0.1, "nesterov": False, "eps": 1e-8, "update_scale": scale}
+
+    def build(params: list[nn.Parameter], **chosen: Any) -> torch.optim.Optimizer:
+        return pytorch_optimizer.NorMuon([{"params": params, "use_muon": True}], **chosen)
+
+    return public(build)(weight, grads, **defaults | without("ns_dtype", "adjust_lr_fn")(options))
+
+
+def soap_of_pytorch_optimizer(weight: Tensor, grads: Sequence[Tensor], **options: Any) -> Tensor:
+    """It has another name for the longest preconditioned dim, and refreshes all at once."""
+    renamed = {{"max_precond_dim": "max_precondition_dim"}.get(name, name): value for name, value in options.items()}
+    return public(pytorch_optimizer.SOAP)(weight, grads, **without("synchronous")(renamed))

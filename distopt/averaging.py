@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from distopt.bound import parameter_names, reshard, strip_prefixes
-from distopt.layouts import local_tensor
+from distopt.layouts import local_tensor, reshard
+from distopt.names import parameter_names, strip_prefixes
 from distopt.optimizer import Optimizer
 from distopt.rule import require
 

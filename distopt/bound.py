@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,14 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from distopt.comm.groups import Domain, Domains
+from distopt.agreement import agree, exchange_flat_ranges, jsonable, known_groups, mesh_ranks, ranks_of
+from distopt.comm.groups import Domains
 from distopt.comm.pipeline import Run, run_in_step
 from distopt.elementwise import BoundElementwise
 from distopt.engine import BoundGroup
 from distopt.layouts import Partition, layout_of, local_tensor
-from distopt.plan.build import BUCKET_BYTES, Group, GroupPlan, Spec, plan_group
+from distopt.names import parameter_names, strip_groups
+from distopt.plan.build import Group, GroupPlan, Spec, plan_group
 from distopt.plan.geometry import READING
 from distopt.plan.report import PlanReport
 from distopt.rule import Rule, Shape, StateView
@@ -28,12 +27,11 @@ from distopt.rules import group_rule
 from distopt.state.codecs import STORAGE_OPTIONS, group_storage
 from distopt.state.counters import Counters
 from distopt.state.faces import Faces
+from distopt.state.gathering import gather
 from distopt.state.loading import load_state_dict
 from distopt.state.units import MASTER
-from distopt.state.windows import Window, make_window
+from distopt.state.windows import make_window
 from distopt.verdict import Verdict, first_nonfinite, reach_verdict, sum_squares
-
-PREFIXES = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"}
 
 
 class Bound:
@@ -55,12 +53,16 @@ class Bound:
                 )
         self.names = parameter_names(groups)
         self._dtypes = [param.dtype for param in self.params]
-        _exchange_flat_ranges(self.names, self.params, self.device)
+        exchange_flat_ranges(self.names, self.params, self.device)
         layouts = [layout_of(param, self.rank) for param in self.params]
-        replicas = _ranks(engine["process_group"])
-        union = set(replicas or ()) | {rank for layout in layouts for rank in layout.ranks} | self._mesh_ranks()
-        norm = _ranks(engine["norm_group"]) or tuple(sorted(union))
-        self.domains = Domains(_known_groups(self.params, engine))
+        replicas = ranks_of(engine["process_group"])
+        union = (
+            set(replicas or ())
+            | {rank for layout in layouts for rank in layout.ranks}
+            | mesh_ranks(self.params, self.rank)
+        )
+        norm = ranks_of(engine["norm_group"]) or tuple(sorted(union))
+        self.domains = Domains(known_groups(self.params, engine))
         self.domains.create(
             [layout.ranks for layout in layouts] + [tuple(union), norm] + ([replicas] if replicas else [])
         )
@@ -69,7 +71,7 @@ class Bound:
         rules = [group_rule(group) for group in groups]
         self._stored = [{name: group[name] for name in (*STORAGE_OPTIONS, "strategy")} for group in groups]
         self._readings = _readings(groups)
-        self._agree(rules, layouts, engine)
+        agree(self._beliefs(rules, layouts, engine), self.union, self.rank, self.device)
         self.groups: list[BoundGroup | BoundElementwise] = []
         self.plans: list[GroupPlan] = []
         start = 0
@@ -176,6 +178,17 @@ class Bound:
         """Whether any group has taken a step."""
         return any(any(counters.ages) for counters in self.counters)
 
+    def _beliefs(self, rules: list[Rule], layouts: list[Any], engine: dict[str, Any]) -> list[str]:
+        """What must be the same on every rank of the union."""
+        words = [
+            f"{name}|{layout.shape}|{layout.describe()}|{param.dtype}"
+            for name, layout, param in zip(self.names, layouts, self.params)
+        ]
+        words += [f"group {i}: {type(rule).__name__} {jsonable(asdict(rule))}" for i, rule in enumerate(rules)]
+        words += [f"group {i}: {jsonable(stored)}" for i, stored in enumerate(self._stored)]
+        words += [f"group {i}: {jsonable(reading)}" for i, reading in enumerate(self._readings)]
+        return [*words, "options: " + jsonable({k: v for k, v in engine.items() if not k.endswith("_group")})]
+
     def still_holds(self, groups: list[dict[str, Any]]) -> bool:
         """Whether these groups have the parameters that were bound."""
         params = [param for group in groups for param in group["params"]]
@@ -275,7 +288,7 @@ class Bound:
             for group in joined:
                 group.finish()
         for group in stepped:
-            self._gather(group.windows)
+            gather(group.windows, self.domains)
         return Verdict(norm, True, verdict.inert, verdict.partial)
 
     def refuse_alone(self, groups: list[dict[str, Any]]) -> None:
@@ -326,7 +339,7 @@ class Bound:
                     value = other(unit.weight(number), StateView({**window.state, **coded}))
                     unit.set_weight(number, value)
                 window.finish()
-            self._gather(group.windows)
+            gather(group.windows, self.domains)
 
     def _total(self, partial: Tensor, op: str) -> Tensor:
         partial = partial.to(self.device)
@@ -365,183 +378,6 @@ class Bound:
                 )
         return rules
 
-    def _gather(self, windows: list[Window]) -> None:
-        """Make parameters that are partitioned over replicas whole again: every rank broadcasts what it updated."""
-        parted = [window for window in windows if isinstance(window.spec.layout, Partition)]
-        chunk: list[Window] = []
-        size = 0
-        for window in parted:
-            chunk.append(window)
-            size += local_tensor(window.param).nbytes
-            if size > BUCKET_BYTES or window is parted[-1]:
-                self._broadcast(chunk)
-                chunk, size = [], 0
-
-    def _broadcast(self, windows: list[Window]) -> None:
-        domain = self.domains[windows[0].spec.layout.ranks]
-        for dtype in sorted({window.param.dtype for window in windows}, key=str):
-            members = [window for window in windows if window.param.dtype == dtype]
-            flats = [window.whole_weight() for window in members]
-            jobs = []
-            for source in range(domain.size):
-                views = [
-                    flat[window.spec.layout.cuts[source] : window.spec.layout.cuts[source + 1]]  # type: ignore[attr-defined]
-                    for flat, window in zip(flats, members)
-                ]
-                total = sum(view.numel() for view in views)
-                if total:
-                    buffer = torch.cat(views) if source == domain.me else flats[0].new_empty(total)
-                    jobs.append((source, views, buffer, domain.broadcast(buffer, source)))
-            for source, views, buffer, work in jobs:
-                assert work is not None
-                work.wait()
-                if source != domain.me:
-                    torch._foreach_copy_(views, list(buffer.split([view.numel() for view in views])))
-            for window in members:
-                window.finish()
-
-    def _mesh_ranks(self) -> set[int]:
-        """The ranks of this rank's slice of the mesh that its parameters' meshes span together."""
-        found: set[int] = set()
-        meshes = {param.device_mesh for param in self.params if isinstance(param, DTensor)}
-        for root in {mesh._get_root_mesh() for mesh in meshes}:
-            ranks = root.mesh
-            mine = (ranks == self.rank).nonzero()[0]
-            members = {r for mesh in meshes if mesh._get_root_mesh() is root for r in mesh.mesh.flatten().tolist()}
-            spanned = [
-                axis
-                for axis in range(ranks.ndim)
-                if any(int((ranks == member).nonzero()[0][axis]) != int(mine[axis]) for member in members)
-            ]
-            index = tuple(slice(None) if axis in spanned else int(mine[axis]) for axis in range(ranks.ndim))
-            found |= set(ranks[index].flatten().tolist())
-        return found
-
-    def _agree(self, rules: list[Rule], layouts: list[Any], engine: dict[str, Any]) -> None:
-        """Compare what every rank of the union believes, before anything else is said."""
-        if self.union.size == 1:
-            return
-        words = [
-            f"{name}|{layout.shape}|{layout.describe()}|{param.dtype}"
-            for name, layout, param in zip(self.names, layouts, self.params)
-        ]
-        words += [f"group {i}: {type(rule).__name__} {_jsonable(asdict(rule))}" for i, rule in enumerate(rules)]
-        words += [f"group {i}: {_jsonable(stored)}" for i, stored in enumerate(self._stored)]
-        words += [f"group {i}: {_jsonable(reading)}" for i, reading in enumerate(self._readings)]
-        words.append("options: " + _jsonable({k: v for k, v in engine.items() if not k.endswith("_group")}))
-        digests = [_digest(word) for word in words]
-        counts = self.union.all_gather_ints([len(words), _digest("\n".join(words))], self.device)
-        if len({tuple(count) for count in counts}) == 1:
-            return
-        if len({count[0] for count in counts}) > 1:
-            raise ValueError(
-                "ranks disagree about the number of parameters and groups together: "
-                + ", ".join(f"rank {rank} has {count[0]}" for rank, count in zip(self.union.ranks, counts))
-            )
-        table = self.union.all_gather_ints(digests, self.device)
-        for position, word in enumerate(words):
-            values = [row[position] for row in table]
-            if len(set(values)) > 1:
-                odd = [rank for rank, value in zip(self.union.ranks, values) if value != values[0]]
-                raise ValueError(
-                    f"ranks disagree: rank {self.union.ranks[0]} and ranks {odd} differ in entry {position}, which is "
-                    f"{word!r} on rank {self.rank}. Every rank must build the same optimizer"
-                )
-
-
-def parameter_names(groups: list[dict[str, Any]]) -> list[str]:
-    """Fully qualified names, without the prefixes that wrappers add; positional ones for bare tensors.
-
-    Raises:
-        ValueError: two parameters have the same name.
-    """
-    names = []
-    for g, group in enumerate(groups):
-        given = group.get("param_names")
-        names += [strip_prefixes(n) for n in given] if given else [f"{g}.{i}" for i in range(len(group["params"]))]
-    if len(set(names)) != len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"several parameters are called {twice[0]!r}")
-    return names
-
-
-def reshard(model: torch.nn.Module) -> None:
-    """Let FSDP2 show its sharded parameters again: after a forward without a backward it shows gathered ones."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def strip_prefixes(name: str) -> str:
-    """A fully qualified name without the components that torch.compile, DDP and wrappers insert.
-
-    "module" is only dropped at the front, where DDP puts it: a model may have a submodule of that name.
-    """
-    parts = name.split(".")
-    while parts and parts[0] in PREFIXES and len(parts) > 1:
-        parts = parts[1:]
-    return ".".join(part for part in parts if part not in PREFIXES - {"module"})
-
-
-def strip_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups with the names of their parameters, where they have names, without prefixes."""
-    return [
-        {**group, "param_names": [strip_prefixes(name) for name in group["param_names"]]}
-        if group.get("param_names")
-        else group
-        for group in groups
-    ]
-
-
-def _exchange_flat_ranges(names: list[str], params: list[Tensor], device: torch.device) -> None:
-    """Let all ranks of each group know each other's flat ranges: one small gather per group.
-
-    Raises:
-        ValueError: ranks declare different tensors, or in another order.
-    """
-    by_group: dict[Any, list[Any]] = defaultdict(list)
-    for name, param in zip(names, params):
-        spec = getattr(param, "_distopt_flat", None)
-        if spec is not None and spec.ranges is None:
-            by_group[spec.group].append((spec, param.numel(), f"{name}|{spec.shape}"))
-    for group, members in by_group.items():
-        mine = [number for spec, numel, _ in members for number in (spec.start, spec.start + numel)]
-        described = _digest("\n".join(word for _, _, word in members))
-        table = [mine]
-        if dist.is_initialized():
-            ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
-            if len(ranks) > 1:
-                domain = Domain(ranks, ranks.index(dist.get_rank()), group or dist.group.WORLD)
-                if len({tuple(row) for row in domain.all_gather_ints([len(mine), described], device)}) > 1:
-                    raise ValueError(
-                        "ranks disagree about the number, names, order or shapes of flat shards; every rank of the group "
-                        "must declare every tensor, in the same order"
-                    )
-                table = domain.all_gather_ints(mine, device)
-        for i, (spec, _, _) in enumerate(members):
-            spec.ranges = tuple((row[2 * i], row[2 * i + 1]) for row in table)
-
-
-def _known_groups(params: list[Tensor], engine: dict[str, Any]) -> list[dist.ProcessGroup]:
-    meshes = {param.device_mesh for param in params if isinstance(param, DTensor)}
-    groups = [mesh.get_group(axis) for mesh in meshes for axis in range(mesh.ndim)]
-    groups += [p._distopt_flat.group for p in params if getattr(p, "_distopt_flat", None) and p._distopt_flat.group]  # type: ignore[attr-defined]
-    return groups + [engine[key] for key in ("process_group", "norm_group") if engine[key] is not None]
-
-
-def _ranks(group: dist.ProcessGroup | None) -> tuple[int, ...] | None:
-    return None if group is None else tuple(sorted(dist.get_process_group_ranks(group)))
-
 
 def _readings(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: group[key] for key in READING if key in group} for group in groups]
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-
-def _jsonable(values: dict[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, default=str)

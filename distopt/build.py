@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distopt.bound import strip_prefixes
 from distopt.fused import known_splits
 from distopt.layouts import declare_fsdp1, global_shape
+from distopt.names import strip_prefixes
 from distopt.optimizer import ENGINE_OPTIONS, Optimizer, optimizer_class
 from distopt.plan.split import parse_split
 from distopt.quasi_newton import DRIVERS, driver_class

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from distopt.averaging import Average
-from distopt.bound import Bound, reshard, strip_prefixes
-from distopt.layouts import layout_of, local_tensor
+from distopt.bound import Bound
+from distopt.layouts import layout_of, local_tensor, reshard
 from distopt.layouts.base import Layout
+from distopt.names import strip_prefixes
 from distopt.plan.geometry import geometry_of
 from distopt.rule import Shape, State
 from distopt.rules import group_rule

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from distopt.bound import PREFIXES, strip_prefixes
 from distopt.layouts import global_shape
+from distopt.names import PREFIXES, strip_prefixes
 
 IN_ORDER = ("Phi3", "Phi4Multimodal")
 """Classes whose qkv_proj has all queries, then all keys, then all values."""

@@ -11,9 +11,8 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.bound import reshard
 from distopt.build import model_of_shapes, parameter_groups
-from distopt.layouts import Layout, Sharded, layout_of
+from distopt.layouts import Layout, Sharded, layout_of, reshard
 from distopt.optimizer import GROUP_OPTIONS
 from distopt.plan.build import Group, Spec, plan_group
 from distopt.plan.geometry import logical_of

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distopt.bound import Bound, strip_prefixes
+from distopt.bound import Bound
+from distopt.names import strip_prefixes
 from distopt.verdict import reach_verdict
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distopt.bound import Bound, parameter_names, reshard, strip_groups, strip_prefixes
-from distopt.layouts import global_shape
+from distopt.bound import Bound
+from distopt.layouts import global_shape, reshard
+from distopt.names import parameter_names, strip_groups, strip_prefixes
 from distopt.observation import observe
 from distopt.plan.build import check_served
 from distopt.plan.report import PlanReport

@@ -28,13 +28,13 @@ LEVELS: list[set[str]] = [
     {"optimizer", "fused"},
     {"observation"},
     {"bound"},
-    {"engine", "elementwise", "verdict"},
+    {"agreement", "engine", "elementwise", "verdict"},
     {"coded_step"},
     {"state"},
     {"comm", "kernels"},
     {"plan"},  # data, which the two lines above read and never make
     {"layouts", "rules"},
-    {"matrix", "rule", "schedules"},
+    {"matrix", "names", "rule", "schedules"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 # What the package may import from outside, and the parts that may import more.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distopt.layouts.base import Layout, Partition, Plain
-from distopt.layouts.dtensor import Sharded, dtensor_layout
+from distopt.layouts.dtensor import Sharded, dtensor_layout, reshard
 from distopt.layouts.flat import Flat, flat_layout, flat_shard
 from distopt.layouts.fsdp1 import declare_fsdp1
 from distopt.layouts.region import Rect
@@ -27,6 +27,7 @@ __all__ = [
     "global_shape",
     "layout_of",
     "local_tensor",
+    "reshard",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -91,3 +92,12 @@ def dtensor_layout(param: DTensor) -> Sharded:
             f"expected {layout.local_shape(index)}: it was not chunked as torch.chunk does"
         )
     return layout
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 show its sharded parameters again: after a forward without a backward it shows gathered ones."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 import distopt
 from distopt import checkpoint
-from distopt.bound import parameter_names
 from distopt.checkpoint import CheckpointError
+from distopt.names import parameter_names
 from tests.distributed.layouts import ranks_mesh
 from tests.distributed.pool import pool
 

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distopt.plan.tiles import CHUNK, GPU_CHUNK
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
 from distopt.state.coded import Span
 from distopt.state.noise import Key
-from distopt.state.units import Unit, Units
+from distopt.state.units import Section, Unit, Units
 
 
 class _Flat:
@@ -27,28 +26,41 @@ class _Flat:
         self.unit = unit
         self.idle = [unit.parts[i] for i in unit.members if i in inert]
         self.alone = len(unit.members) == 1
-        self.weight = unit.windows[0].weight() if self.alone else torch.cat([unit.weight(i) for i in unit.members])
+        weights = [window.weight() for window in unit.windows]
+        self.weight = weights[0] if self.alone else torch.cat(weights)
         self.grad = grads[unit.members[0]] if self.alone else torch.cat([grads[i].float() for i in unit.members])
 
-    def load(self, span: slice) -> Tensor:
+    def load(self, section: Section, span: slice) -> Tensor:
         """fp32 weights of a span."""
         unit = self.unit
-        if self.alone and unit.master is not None and unit.rest is not None:
-            return unit.master.join(self.weight[span], unit.rest[span])
-        return self.weight[span].float()
+        if unit.master is None or section.rest is None:
+            return self.weight[span].float()
+        return unit.master.join(self.weight[span], section.rest[section.within(span)])
 
-    def store(self, span: slice, value: Tensor) -> None:
-        """New fp32 weights of a span."""
+    def store(self, section: Section, span: slice, value: Tensor) -> None:
+        """New fp32 weights of a span; members that do not step keep theirs."""
         unit = self.unit
-        if self.alone and unit.master is not None and unit.rest is not None:
-            value, unit.rest[span] = unit.master.split(value, self.weight.dtype)
+        if unit.master is not None and section.rest is not None:
+            rest, old = section.rest[section.within(span)], None
+            value, new = unit.master.split(value, self.weight.dtype)
+            for part in self.resting(span):
+                old = rest.clone() if old is None else old
+                new[part] = old[part]
+            rest.copy_(new)
         self.weight[span].copy_(value)
+
+    def resting(self, span: slice) -> Iterator[slice]:
+        """Where members that do not step lie in a span."""
+        for idle in self.idle:
+            part = slice(max(idle.start - span.start, 0), min(idle.stop, span.stop) - span.start)
+            if part.stop > part.start:
+                yield part
 
     def write_back(self, inert: set[int]) -> None:
         """Give the parameters what was computed for them."""
         for i, window in zip(self.unit.members, self.unit.windows):
             if not self.alone and i not in inert:
-                self.unit.set_weight(i, self.weight[self.unit.parts[i]])
+                window.weight().copy_(self.weight[self.unit.parts[i]])
             window.finish()
 
 
@@ -65,48 +77,52 @@ def step_units(
     """Step every unit with these gradients (flat, by parameter number), or feed them to the rule as what is `observed`;
     members that are `inert` are left alone, and so are the states of the group, `scalars`."""
     h = step_values(rule, step, Shape(1, 1, 1), gpu)
-    active = [(unit, _Flat(unit, grads, inert)) for unit in units.units if not inert.issuperset(unit.members)]
-    found = []
-    for unit, flat in active:
+    active = {id(unit): _Flat(unit, grads, inert) for unit in units.units if not inert.issuperset(unit.members)}
+    stepping = [unit for unit in units.units if id(unit) in active]
+    found = {}
+    for unit in stepping:
         if any(unit.slots.values()):
             maxima = {name: store.cut_maxima(None) for name, store in unit.stores.items() if unit.slots[name]}
-            for span, spans in _spans(unit):
-                if any(unit.stores[name].is_cut(spans[name]) for name in maxima):
-                    new = _update(rule, h, flat, span, spans, scalars, observed)[1]
-                    for name in maxima.keys() & new.keys():
-                        unit.stores[name].note_cuts(spans[name], new[name], maxima[name])
-            found += [(unit, name, values) for name, values in maxima.items()]
-    agreed = units.agreed(found)
-    for unit, flat in active:
-        for span, spans in _spans(unit):
-            weight, new = _update(rule, h, flat, span, spans, scalars, observed)
+            found[id(unit)] = maxima
+    cut = [(unit, section) for unit in stepping if id(unit) in found for section in unit.sections if section.is_cut]
+    for unit, section in units.walk(cut, write=False):
+        maxima = found[id(unit)]
+        for span, spans in section.spans(units.device):
+            if any(section.stores[name].is_cut(spans[name]) for name in maxima):
+                new = _update(rule, h, active[id(unit)], section, span, spans, scalars, observed)[1]
+                for name in maxima.keys() & new.keys():
+                    section.stores[name].note_cuts(spans[name], new[name], maxima[name][section.cuts])
+    agreed = units.agreed([(unit, name, v) for unit in stepping for name, v in found.get(id(unit), {}).items()])
+    everything = [(unit, section) for unit in stepping for section in unit.sections]
+    for unit, section in units.walk(everything):
+        flat = active[id(unit)]
+        known = {
+            name: agreed[id(store)].part(section.tiles) for name, store in unit.stores.items() if id(store) in agreed
+        }
+        for span, spans in section.spans(units.device):
+            weight, new = _update(rule, h, flat, section, span, spans, scalars, observed)
             if observed is None:
-                flat.store(span, weight)
+                flat.store(section, span, weight)
             for name, value in new.items():
-                store = unit.stores[name]
-                store.encode(spans[name], value, agreed.get(id(store)), Key(units.plan.storage.seed, step, name))
+                key = Key(units.plan.storage.seed, step, name)
+                section.stores[name].encode(spans[name], value, known.get(name), key)
+    for flat in active.values():
         flat.write_back(inert)
-
-
-def _spans(unit: Unit) -> Iterator[tuple[slice, dict[str, Span]]]:
-    """Runs of a unit's elements, with the span of each store."""
-    chunk = GPU_CHUNK if unit.windows[0].param.is_cuda else CHUNK
-    for number, (_, _, start, stop) in enumerate(unit.tiles.spans(chunk)):
-        yield slice(start, stop), {name: store.spans[number] for name, store in unit.stores.items()}
 
 
 def _update(
     rule: Rule,
     h: Any,
     flat: _Flat,
+    section: Section,
     span: slice,
     spans: dict[str, Span],
     scalars: dict[str, Tensor],
     observed: str | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The rule on a span: new weights (the same where something is `observed`), new states."""
-    view = StateView({**{name: flat.unit.stores[name].decode(of) for name, of in spans.items()}, **scalars})
-    grad, weight = flat.grad[span].float(), flat.load(span)
+    view = StateView({**{name: section.stores[name].decode(of) for name, of in spans.items()}, **scalars})
+    grad, weight = flat.grad[span].float(), flat.load(section, span)
     if observed is None:
         value = rule.update(grad, weight, view, h)
     else:
@@ -114,10 +130,7 @@ def _update(
         value = weight
     for name in scalars:
         view.new.pop(name, None)
-    for idle in flat.idle:
-        part = slice(max(idle.start - span.start, 0), min(idle.stop, span.stop) - span.start)
-        if part.stop <= part.start:
-            continue
+    for part in flat.resting(span):
         for name, new in view.new.items():
             view.new[name] = torch.cat([new[: part.start], view.old[name][part], new[part.stop :]])
     return value, view.new

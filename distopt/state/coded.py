@@ -39,6 +39,11 @@ class Agreed:
             at = torch.from_numpy(self.cuts[first:last] - tiles.start).to(maxima.device)
             maxima[at] = self.maxima[first:last]
 
+    def part(self, tiles: slice) -> Agreed:
+        """Those among these tiles, counted from the first of them."""
+        first, last = np.searchsorted(self.cuts, (tiles.start, tiles.stop))
+        return Agreed(self.cuts[first:last] - tiles.start, self.maxima[first:last])
+
 
 class Coded:
     """See the module. `starts` has the number of each tile's first element in the group, where rounding is stochastic;

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
 
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from distopt.comm.groups import Domain, Domains
 from distopt.plan.build import GroupPlan
-from distopt.plan.tiles import join_tiles, local_tiles, shared_tiles, tile_starts
+from distopt.plan.tiles import CHUNK, GPU_CHUNK, Tiles, join_tiles, local_tiles, shared_tiles, tile_starts
 from distopt.rule import State
 from distopt.state.codecs import FP32, Codec
-from distopt.state.coded import Agreed, Coded, agree
+from distopt.state.coded import Agreed, Coded, Span, agree
 from distopt.state.master import Master
 from distopt.state.noise import Key
 from distopt.state.windows import Window
@@ -27,6 +28,40 @@ Values = dict[tuple[int, int | None, str], Tensor]
 """By parameter number, matrix (None: of the whole parameter) and name."""
 
 
+@dataclass
+class Section:
+    """A run of a unit's elements whose codes lie together: all of it.
+
+    Attributes:
+        elements, tiles: which of the unit's.
+        cuts: which of the tiles that an edge of a shard cuts.
+        stores: the codes and scales of these elements, by state name.
+        rest: what parameters of lower precision lack of fp32 weights; or None.
+    """
+
+    elements: slice
+    tiles: slice
+    cuts: slice
+    stores: dict[str, Coded]
+    rest: Tensor | None
+    shape: Tiles
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether an edge of a shard cuts any of its tiles."""
+        return self.cuts.start < self.cuts.stop
+
+    def within(self, span: slice) -> slice:
+        """A span of the unit's elements, counted from the first one here."""
+        return slice(span.start - self.elements.start, span.stop - self.elements.start)
+
+    def spans(self, device: torch.device) -> Iterator[tuple[slice, dict[str, Span]]]:
+        """Runs of the unit's elements, with the span of each store."""
+        chunk, first = CHUNK if device.type == "cpu" else GPU_CHUNK, self.elements.start
+        for number, (_, _, start, stop) in enumerate(self.shape.spans(chunk)):
+            yield slice(first + start, first + stop), {n: store.spans[number] for n, store in self.stores.items()}
+
+
 class Unit:
     """Parameters of one domain whose coded states lie in common stores, in order.
 
@@ -34,6 +69,7 @@ class Unit:
         members: their numbers in the group.
         parts: where each lies among the unit's elements.
         stores: by state name.
+        sections: what the stores hold, cut into runs of elements.
         master, rest: how what parameters of lower precision lack of fp32 weights is kept, and that; or None.
     """
 
@@ -66,6 +102,8 @@ class Unit:
             if state.fill == "weight":
                 store.write(torch.cat([window.weight().float() for window in self.windows]), None, Key(0, 0, ""))
             self.slots[name] = sum(slots) if codec.scaled else 0
+        everything = slice(0, self.tiles.numel), slice(0, self.tiles.count), slice(0, len(self.tiles.cuts))
+        self.sections = [Section(*everything, self.stores, self.rest, self.tiles)]
 
     def weight(self, number: int) -> Tensor:
         """The fp32 weights of a parameter, flat; a copy."""
@@ -149,6 +187,10 @@ class Units:
         agreed = self.agreed([(unit, name, unit.stores[name].cut_maxima(flat)) for unit, name, flat in found])
         for unit, name, flat in found:
             unit.stores[name].write(flat, agreed[id(unit.stores[name])], Key(0, 0, ""))
+
+    def walk(self, sections: list[tuple[Unit, Section]], *, write: bool = True) -> Iterator[tuple[Unit, Section]]:
+        """These sections in turn, to be read and, with `write`, written."""
+        yield from sections
 
     def _matrices(self, number: int, name: str) -> int:
         return sum(key[0] == number and key[2] == name for key in self.owned)

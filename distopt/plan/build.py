@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import chain, groupby
 from math import prod
 from typing import Any
 
@@ -16,7 +16,7 @@ from distopt.layouts.region import Rect
 from distopt.plan.choose import FLOPS, Chooser, Item, Loads, cost
 from distopt.plan.cost import CPU, H100, Rates
 from distopt.plan.geometry import Geometry, Logical, geometry_of, logical_of
-from distopt.plan.owners import Load, assign_owners
+from distopt.plan.owners import Load, assign_owners, spread_turns
 from distopt.plan.strategies import Home, Strategy, check_strategy, held, is_tall
 from distopt.plan.tiles import LEAST, Storage
 from distopt.plan.trace import Rounds, Trace, trace
@@ -220,13 +220,13 @@ def plan_group(group: Group, rank: int) -> GroupPlan:
     check_strategy(rule, group.strategy)
     for spec in group.specs:
         check_served(spec.name, spec.layout.shape, rule, group.split)
-    specs = group.specs
+    plan = GroupPlan(rule, group.specs, group.gpu, group.storage, group.split)
+    turns = deal_turns(plan)
     if group.replicas is not None:
-        specs = partition_replicas(group, group.replicas, group.replicas.index(rank))
-    plan = GroupPlan(rule, specs, group.gpu, group.storage, group.split)
+        plan.specs = partition_replicas(group, group.replicas, group.replicas.index(rank), turns)
     if plan.elementwise:
         return plan
-    turns = deal_turns(plan)
+    specs = plan.specs
     domains: dict[tuple[int, ...], list[tuple[int, Spec, Geometry]]] = defaultdict(list)
     for number, spec in enumerate(specs):
         geometry = geometry_of(spec.layout, plan.logical(number))
@@ -282,7 +282,9 @@ def check_served(name: str, tensor: tuple[int, ...], rule: Rule, split: str | No
         raise ValueError(f"{name!r}: {reason}; route it to AdamW with a param group (rule='adamw')")
 
 
-def partition_replicas(group: Group, ranks: tuple[int, ...], me: int) -> tuple[Spec, ...]:
+def partition_replicas(
+    group: Group, ranks: tuple[int, ...], me: int, turns: Mapping[tuple[int, int], tuple[int, ...]]
+) -> tuple[Spec, ...]:
     """Give every replica its share of replicated parameters: whole tensors to one rank where the rule wants whole
     matrices, equal flat ranges of their concatenation elsewhere. Parameters that are sharded already stay as they
     are."""
@@ -292,10 +294,15 @@ def partition_replicas(group: Group, ranks: tuple[int, ...], me: int) -> tuple[S
     cuts: list[tuple[int, ...]] = []
     if rule.reach == "matrix":
         costs: list[Load] = []
+        work: list[list[tuple[int, float]]] = []
         for i, size in zip(plain, sizes):
             shapes = logical_of(specs[i].layout.shape, rule, group.split).shapes
             costs.append((sum(matrix_cost(rule, shape, group.gpu) for shape in shapes), float(size)))
-        for owner, size in zip(assign_owners(costs, len(ranks)), sizes):
+            recurring = (zip(turns.get((i, m), ()), rule.recurring(shape).values()) for m, shape in enumerate(shapes))
+            work.append(list(chain.from_iterable(recurring)))
+        owners = assign_owners(costs, len(ranks))
+        owners = spread_turns(owners, [specs[i].layout.shape for i in plain], work, len(ranks), rule.turns())
+        for owner, size in zip(owners, sizes):
             cuts.append((0,) * (owner + 1) + (size,) * (len(ranks) - owner))
     else:
         total, start = sum(sizes), 0
@@ -357,13 +364,27 @@ def _matrix_buckets(
     items = [Item(e.geometry, e.matrix, work[e.shape], positions[e.geometry.layout.ranks]) for e in travelling]
     choice = Chooser(rule, items, ranks, plan.rounds(entries[0].shape), busy, rates).choose(group.strategy)
     plan.costs[ranks] = choice.loads
+    homes = _in_turns(rule, travelling, choice.homes, len(ranks))
     weights = [sum(item.work.values()) for item in items]
     order = sorted(range(len(items)), key=lambda i: (choice.strategies[i], -weights[i], -items[i].shape.numel, i))
     for strategy, numbers in groupby(order, key=lambda i: choice.strategies[i]):
-        homed = [replace(travelling[i], homes=choice.homes[i]) for i in numbers]
+        homed = [replace(travelling[i], homes=homes[i]) for i in numbers]
         plan.homes[ranks] += homed
         for chunk in _chunks(homed, 1 if strategy == "gather" else len(ranks)):
             yield _bucket(plan.specs, rule, ranks, chunk, rank, strategy)
+
+
+def _in_turns(
+    rule: Rule, entries: Sequence[Entry], homes: Sequence[tuple[Home, ...]], ranks: int
+) -> Sequence[tuple[Home, ...]]:
+    """The homes, such that the recurring work of each rank falls in different steps."""
+    if not any(entry.turns for entry in entries):
+        return homes
+    assert all(len(places) == 1 for places in homes), "recurring work is of rules that keep states with one owner"
+    work = [list(zip(entry.turns, rule.recurring(entry.shape).values())) for entry in entries]
+    alike = [(entry.shape, entry.geometry.layout.ranks) for entry in entries]
+    owners = spread_turns([home.rank for (home,) in homes], alike, work, ranks, rule.turns())
+    return [(replace(home, rank=rank),) for (home,), rank in zip(homes, owners)]
 
 
 def _chunks(entries: list[Entry], ranks: int, *, together: bool = False) -> Iterator[list[Entry]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,8 @@ from distopt.rule import Back, Rule, Shape, State, Update, Whole, require
 @dataclass(frozen=True)
 class GaLore(Rule):
     """W ← W − lr · scale · P Adam(Pᵀ G), where P are the first `rank` singular vectors of the gradient (at most all) on
-    the shorter side of the matrix, anew at step 1 and every `update_proj_gap` steps. On vectors it is AdamW. The
+    the shorter side of the matrix, anew at step 1 and every `update_proj_gap` steps: of all matrices in the same step with
+    `synchronous`, as published, else of each in its turn, so that every step costs the same. On vectors it is AdamW. The
     variant is galore_torch.GaLoreAdamW: moments stay as they are when P changes, weight decay comes after the update
     and is not scaled.
 
@@ -39,6 +40,8 @@ class GaLore(Rule):
     rank: int = 128
     update_proj_gap: int = 200
     scale: float = 0.25
+    _: KW_ONLY
+    synchronous: bool = False
 
     reach: ClassVar = "matrix"
     batched: ClassVar = False
@@ -64,8 +67,17 @@ class GaLore(Rule):
         beta1, beta2 = self.betas
         return {
             "step_size": self.lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step),
-            "refreshing": (step - 1) % self.update_proj_gap == 0,
         }
+
+    def recurring(self, shape: Shape) -> dict[str, float]:
+        short, long = sorted((shape.rows, shape.cols))
+        return {"basis": float(short) ** 2 * long} if shape.is_matrix else {}
+
+    def turns(self) -> int:
+        return 1 if self.synchronous else self.update_proj_gap
+
+    def due(self, step: int, turn: int) -> bool:
+        return step == 1 or (step - 1 - turn) % self.update_proj_gap == 0
 
     def phases(self) -> dict[str, tuple[int, float]]:
         gap = self.update_proj_gap
@@ -76,7 +88,7 @@ class GaLore(Rule):
             g = yield Whole(grad)
             tall = h.shape.rows >= h.shape.cols
             g = g.mT if tall else g
-            if h.refreshing:
+            if h.due:
                 state.basis = principal_basis(g, state.basis.shape[-1], state.basis)
             direction = state.basis @ self.adam(state.basis.mT @ g, state) * self.scale
             direction = yield Back(direction.mT if tall else direction)

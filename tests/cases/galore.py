@@ -8,9 +8,9 @@ from tests.references.where import one_matrix
 CASE = Case(
     optimizer="GaLore",
     variants={
-        "low_rank": {"lr": 0.01, "rank": 3, "betas": (0.8, 0.95), "weight_decay": 0.1},
-        "default": {},
-        "refreshed": {"lr": 0.01, "rank": 4, "update_proj_gap": 3, "scale": 1.0},
+        "low_rank": {"lr": 0.01, "rank": 3, "betas": (0.8, 0.95), "weight_decay": 0.1, "synchronous": True},
+        "default": {"synchronous": True},
+        "refreshed": {"lr": 0.01, "rank": 4, "update_proj_gap": 3, "scale": 1.0, "synchronous": True},
     },
     oracles=(
         Oracle(name="reference", run=galore, rel=1e-3, why="singular vectors amplify float32 rounding by their gaps"),

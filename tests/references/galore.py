@@ -17,6 +17,7 @@ def galore(
     rank: int = 128,
     update_proj_gap: int = 200,
     scale: float = 0.25,
+    synchronous: bool = True,
 ) -> Tensor:
     """Adam in the coordinates of the gradient's first singular vectors, on the right of matrices that are not wide. Their
     largest entry is positive. A 3-D weight is a stack of experts; vectors are not projected."""

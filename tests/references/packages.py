@@ -20,6 +20,7 @@ def galore_torch(weight: Tensor, grads: Sequence[Tensor], **options: Any) -> Ten
     """Rank, gap and scale belong to the group of projected parameters."""
     projected = {"rank": 128, "update_proj_gap": 200, "scale": 0.25}
     group = {name: options.pop(name, value) for name, value in projected.items()} | {"proj_type": "std"}
+    options.pop("synchronous")  # as it is
 
     def build(params: list[nn.Parameter], **chosen: Any) -> torch.optim.Optimizer:
         own = group if weight.ndim == 2 else {}

@@ -3,10 +3,12 @@
     python launch/train_hf.py --config configs/train_hf.yaml --optim distopt_soap --learning_rate 3e-3
     torchrun --standalone --nproc-per-node 2 launch/train_hf.py --config configs/train_hf.yaml
 
+With DeepSpeed add `--deepspeed configs/train_hf_zero2.json`; for FSDP2 see configs/train_hf_fsdp2.yaml.
 Made to be copied: two lines of it are distopt's, the import and `register()`. Options are transformers' TrainingArguments
 and the few of `Settings`, in YAML or on the command line, which wins.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -103,7 +105,10 @@ def parse(arguments: Sequence[str]) -> tuple[Settings, TrainingArguments]:
     kinds: Any = (Settings, TrainingArguments)
     parser = HfArgumentParser(kinds)
     parser.add_argument("--config", type=Path)
-    parser.set_defaults(use_cpu=not torch.cuda.is_available())
+    if not torch.cuda.is_available():
+        parser.set_defaults(use_cpu=True, ddp_backend="gloo")
+        if any(argument.startswith("--deepspeed") for argument in arguments):
+            _let_deepspeed_use_gloo()
     keys = [field.name for kind in kinds for field in fields(kind)]
     for argument, following in zip(arguments, [*arguments[1:], ""]):
         flag, given, value = argument.partition("=")
@@ -118,6 +123,16 @@ def parse(arguments: Sequence[str]) -> tuple[Settings, TrainingArguments]:
     if args.resume_from_checkpoint == "auto":
         args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     return settings, args
+
+
+def _let_deepspeed_use_gloo() -> None:
+    """On a CPU. Its own all-reduce would first be compiled, for a minute and a half."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError:
+        sys.exit("--deepspeed needs DeepSpeed: pip install distopt[deepspeed]")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 if __name__ == "__main__":

@@ -62,3 +62,38 @@ def test_a_plan_is_made_as_it_says(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("adamw", "muon", "soap", "shampoo"))
     assert (tmp_path / "load.png").stat().st_size > 1000
+
+
+def recipe(start: str) -> list[str]:
+    """The command that begins so, as it is written."""
+    [command] = [line for block in blocks("bash") for line in block.splitlines() if line.startswith(start)]
+    return shlex.split(command)
+
+
+def run_at_a_checkout(folder: Path, command: list[str]) -> str:
+    """What a command says, in a folder that looks like the repository's."""
+    for name in ("launch", "configs"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    more = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": path}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, **more}, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_pretraining_recipe_trains(tmp_path: Path) -> None:
+    short = "--train.steps 2 --eval.every 2 --eval.sequences 4 --checkpoint.every 2"
+    said = run_at_a_checkout(tmp_path, [*recipe("torchrun --nproc-per-node 2 launch/pretrain.py"), *short.split()])
+    assert "2 steps here" in said
+    assert (tmp_path / "runs" / "pretrain_tiny").is_dir()
+
+
+def test_the_fine_tuning_recipe_explains_what_it_would_use(tmp_path: Path) -> None:
+    lines = [{"instruction": f"double {n}", "output": f"{2 * n}"} for n in range(60)]
+    (tmp_path / "instructions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    made = "python launch/finetune.py --data.path instructions.jsonl --train.steps 1 --logging.dir made"
+    run_at_a_checkout(tmp_path, made.split())
+    (tmp_path / "made" / "model").rename(tmp_path / "my-model")
+    said = run_at_a_checkout(tmp_path, recipe("python launch/finetune.py"))
+    assert "(budget: 16GiB)" in said

@@ -1,5 +1,6 @@
-"""Trainers that people already use, one module each. A module imports its trainer, an optional dependency, and says what to
-install where that is missing; `distopt.integrations.transformers` is made when it is first asked for.
+"""Trainers that people already use: `transformers` (the Trainer), `accelerate` and `deepspeed`. Each module begins with the page
+that says what to write and what is and is not supported there, imports its trainer, an optional dependency, and says what
+to install where that is missing. They are made when they are first asked for.
 """
 
 from __future__ import annotations

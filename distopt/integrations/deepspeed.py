@@ -18,14 +18,17 @@ the update is the mathematics of one process. Nothing of DeepSpeed is patched. O
 compared with the weights they should hold, so that a DeepSpeed that cuts in another way is an error and not a wrong
 model.
 
+Under Accelerate's DeepSpeed plugin and the Transformers Trainer the same optimizer is built by one line of
+`distopt.integrations.accelerate` and `.transformers`, with the trainer's config checked.
+
 Supported, each with a test, with DeepSpeed 0.19.8 (0.18.0 fails some of them): ZeRO stages 0, 1, 2 and 3; fp32, bf16
-and, from stage 1 on, fp16; fp32 gradient accumulation of bf16; `offload_optimizer` to CPU; several parameter groups (each
-matrix rule makes at least two); stage 3 with `zero.Init` before the optimizer is built, and with small `sub_group_size`;
-`round_robin_gradients`; gradient accumulation; `gradient_clipping`, which is on the gradient, before the rule;
-DeepSpeed's learning-rate schedulers; `save_checkpoint` / `load_checkpoint` on the same number of ranks, bit for bit.
-Clipping, loss scaling and the skipping of steps are DeepSpeed's. A parameter without a gradient counts as one with a zero
-gradient, as it does for every optimizer under ZeRO. Give `zero.Init` the config: with `dtype=torch.float32` alone it
-rounds weights to bf16 on CPUs without fp16.
+and, from stage 1 on, fp16; fp32 gradient accumulation of bf16; `offload_optimizer` to CPU, at stage 3 `offload_param`
+too; several parameter groups (each matrix rule makes at least two); stage 3 with `zero.Init` before the optimizer is
+built, and with small `sub_group_size`; `round_robin_gradients`; gradient accumulation; `gradient_clipping`, which is
+on the gradient, before the rule; DeepSpeed's learning-rate schedulers; `save_checkpoint` / `load_checkpoint` on the
+same number of ranks, bit for bit. Clipping, loss scaling and the skipping of steps are DeepSpeed's. A parameter
+without a gradient counts as one with a zero gradient, as it does for every optimizer under ZeRO. Give `zero.Init` the
+config: with `dtype=torch.float32` alone it rounds weights to bf16 on CPUs without fp16.
 
 Not supported:
 
@@ -81,10 +84,11 @@ SUPPORTED = {
         scheduler optimizer fp16 bf16 data_types zero_optimization checkpoint tensorboard wandb csv_monitor comms_logger
         flops_profiler""",
     "zero_optimization": """stage contiguous_gradients overlap_comm reduce_scatter reduce_bucket_size allgather_partitions
-        allgather_bucket_size round_robin_gradients offload_optimizer sub_group_size
+        allgather_bucket_size round_robin_gradients offload_optimizer offload_param sub_group_size
         stage3_max_live_parameters stage3_max_reuse_distance stage3_prefetch_bucket_size
         stage3_param_persistence_threshold stage3_gather_16bit_weights_on_model_save""",
     "zero_optimization.offload_optimizer": "device pin_memory",
+    "zero_optimization.offload_param": "device pin_memory",
     "fp16": "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis min_loss_scale",
     "bf16": "enabled",
     "data_types": "grad_accum_dtype",
@@ -114,6 +118,12 @@ def optimizer(name: str, model: nn.Module, *, config: Any = None, **options: Any
                 "section, or build this one from it: distopt.integrations.deepspeed.from_config(config, model)"
             )
         check_config(settings)
+        offload = (settings.get("zero_optimization") or {}).get("offload_optimizer") or {}
+        if offload.get("device", "none") != "none" and settings.get("zero_force_ds_cpu_optimizer", True):
+            raise ValueError(
+                "offloaded states, and zero_force_ds_cpu_optimizer is not false: DeepSpeed would take its own Adam, or "
+                'nothing; add "zero_force_ds_cpu_optimizer": false to the DeepSpeed config'
+            )
     return ClientOptimizer(name, model, options)
 
 
@@ -159,8 +169,8 @@ def check_config(config: dict[str, Any]) -> None:
         found: Any = config
         for key in section.split(".") if section else ():
             found = (found or {}).get(key, {})
-        for key in found or {}:
-            if key not in known.split():
+        for key, value in (found or {}).items():
+            if key not in known.split() and not _is_off(value):
                 near = difflib.get_close_matches(key, known.split(), n=1, cutoff=0.8)
                 raise ValueError(
                     f"the DeepSpeed option {f'{section}.{key}' if section else key!r} was not tested with this optimizer"
@@ -169,9 +179,17 @@ def check_config(config: dict[str, Any]) -> None:
     zero = config.get("zero_optimization") or {}
     if (config.get("fp16") or {}).get("enabled") is True and not zero.get("stage", 0):
         raise ValueError(FP16_AT_STAGE_0)
-    device = (zero.get("offload_optimizer") or {}).get("device", "none")
-    if device not in ("none", "cpu"):
-        raise ValueError(f"zero_optimization.offload_optimizer.device: 'cpu' or 'none', got {device!r}")
+    for section in ("offload_optimizer", "offload_param"):
+        device = (zero.get(section) or {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            raise ValueError(f"zero_optimization.{section}.device: 'cpu' or 'none', got {device!r}")
+
+
+def _is_off(value: Any) -> bool:
+    """Whether an option is written down, as trainers do, and not used."""
+    if isinstance(value, dict):
+        return value.get("enabled") is False or value.get("device") == "none"
+    return value in (None, False, "none")
 
 
 def _read(config: Any) -> dict[str, Any]:

@@ -160,12 +160,12 @@ class Pool:
         return self._stack_file(rank).read_text()
 
 
-_POOLS: dict[int, Pool] = {}
+_POOLS: dict[tuple[int, str], Pool] = {}
 
 
-def pool(world_size: int) -> Pool:
-    """The pool of this session with `world_size` ranks."""
-    return _POOLS.setdefault(world_size, Pool(world_size))
+def pool(world_size: int, purpose: str = "") -> Pool:
+    """The pool of this session with `world_size` ranks; of its own for what leaves marks in a process."""
+    return _POOLS.setdefault((world_size, purpose), Pool(world_size))
 
 
 def close_all() -> None:

@@ -78,7 +78,7 @@ def one_process(
     masters = build() if dtype == torch.float32 else build().to(dtype).float()
     copies = dict(masters.named_parameters())
     made = (
-        torch.optim.AdamW([copies[name] for name in names], **options)
+        torch.optim.AdamW([copies[name] for name in names], fused=True, **options)
         if name == "torch"
         else distopt.create_optimizer(name, masters, **options)
     )
@@ -123,7 +123,7 @@ def start(name: str, options: dict[str, Any], config: dict[str, Any]) -> Any:
     else:
         model = build()
     made: Any = (
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options)
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, **options)
         if name == "torch"
         else integration.optimizer(name, model, config=settings, **options)
     )

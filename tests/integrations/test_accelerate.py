@@ -1,14 +1,15 @@
-"""Accelerate: `accelerator.prepare(model, optimizer)` and nothing else, on any number of ranks."""
+"""Accelerate: what `prepare` is handed, and when. How it trains is in `test_trainers.py`."""
 
 import os
-from functools import cache
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import distopt
 from tests.distributed.pool import RankError, pool
@@ -17,12 +18,25 @@ pytest.importorskip("accelerate", minversion="1.13")
 pytest.importorskip("transformers")
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
-from tests.integrations.training import Full, accelerate, build, full_weights, model, on_cpu, plugin
+from tests.integrations.training import (
+    accelerate,
+    build,
+    equal,
+    furthest,
+    is_zero,
+    model,
+    moved,
+    on_cpu,
+    plugin,
+    ranks_of,
+    zero_config,
+)
 
-KINDS = ["ddp", "fsdp2"]
 RUN = "tests.integrations.training:accelerate"
-ROUNDINGS = 4 * 2.0**-23  # of a weight near 1
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -33,86 +47,19 @@ def _no_environment_stays() -> Any:
         del os.environ[key]
 
 
-@cache
-def one_process(name: str, same: bool = False) -> Full:
-    return accelerate("one", name, same=same)
-
-
-@cache
-def on_ranks(name: str, ranks: int, kind: str) -> Full:
-    return pool(ranks).run(RUN, kind, name)[0]
-
-
-def furthest(one: Full, other: Full) -> float:
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
-def moved(trained: Full) -> bool:
-    return all((trained[name] - param).abs().max() > 1e-3 for name, param in full_weights(model()).items())
-
-
-def equal(one: Full, other: Full) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize(("name", "limit"), [("AdamW", 1e-5), ("Adafactor", 1e-5), ("adamw", 1e-5), ("muon", 1e-4)])
-def test_ranks_train_as_one_process(name: str, limit: float, ranks: int, kind: str) -> None:
-    """With clipping, ten steps on the same global batches, by a class over bare parameters and by create_optimizer."""
-    alone = one_process(name)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor"])
+def test_a_class_over_bare_parameters_trains_as_one_process(name: str, kind: str) -> None:
+    alone = accelerate("one", name)
     assert moved(alone)
-    distance = furthest(alone, on_ranks(name, ranks, kind))
-    assert distance <= limit
-    if limit == 1e-5:
-        torchs = furthest(one_process("torch"), on_ranks("torch", ranks, kind))
-        assert torchs > 0
-        assert distance <= torchs + ROUNDINGS
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_soap_makes_the_same_update_where_gradients_are_the_same(kind: str) -> None:
-    alone = one_process("soap", same=True)
-    assert moved(alone)
-    for rank in pool(2).run(RUN, kind, "soap", same=True):
-        assert equal(alone, rank)
-
-
-@pytest.mark.parametrize("name", ["AdamW", "muon"])
-@pytest.mark.parametrize("kind", ["one", *KINDS])
-def test_accumulated_gradients_make_the_same_step(kind: str, name: str) -> None:
-    if kind == "one":
-        parts = accelerate(kind, name, accumulate=3)
-    else:
-        parts = pool(2).run(RUN, kind, name, accumulate=3)[0]
-    assert furthest(one_process(name), parts) < 1e-5
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_mixed_precision_is_as_with_torchs_optimizer(kind: str) -> None:
-    ours = pool(2).run(RUN, kind, "AdamW", precision="bf16")[0]
-    theirs = pool(2).run(RUN, kind, "torch", precision="bf16")[0]
-    assert all(weight.dtype == torch.float32 for weight in ours.values())
-    assert furthest(ours, theirs) < 2e-2 < furthest(ours, full_weights(model()))
-    assert furthest(ours, on_ranks("AdamW", 2, kind)) > 1e-5, "it was bf16"
+    assert furthest(alone, pool(2).run(RUN, kind, name)[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adafactor", "muon", "soap"])
-@pytest.mark.parametrize(
-    ("kind", "state_dict_type"),
-    [("one", ""), ("ddp", ""), ("fsdp2", "SHARDED_STATE_DICT"), ("fsdp2", "FULL_STATE_DICT")],
-)
-def test_a_loaded_state_continues_bit_for_bit(name: str, kind: str, state_dict_type: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": 6, "directory": str(tmp_path), "save_at": 3}
-    if state_dict_type:
-        options["state_dict_type"] = state_dict_type
-    if kind == "one":
-        through, loaded = accelerate(kind, name, **options), accelerate(kind, name, resume=True, **options)
-    else:
-        through = pool(2).run(RUN, kind, name, **options)[0]
-        loaded = pool(2).run(RUN, kind, name, resume=True, **options)[0]
-    assert equal(through, loaded)
+def test_a_full_state_dict_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
+    options = {"steps": 6, "directory": str(tmp_path), "save_at": 3, "state_dict_type": "FULL_STATE_DICT"}
+    through = pool(2).run(RUN, "fsdp2", name, **options)[0]
+    assert equal(through, pool(2).run(RUN, "fsdp2", name, resume=True, **options)[0])
 
 
 # ---- before parameters are final
@@ -123,7 +70,7 @@ def allocated_by_prepare(name: str) -> bool:
     with on_cpu("fsdp2"):
         accelerator = Accelerator(fsdp_plugin=plugin("SHARDED_STATE_DICT"))
         net = model()
-        optimizer = build(name, net)
+        optimizer = build("fsdp2", name, net)
         accelerator.prepare(net, optimizer)
         return optimizer._bound is not None
 
@@ -169,3 +116,84 @@ def divided_states(directory: str) -> str:
 
 def test_divided_states_are_saved_natively(tmp_path: Path) -> None:
     assert pool(2).run("tests.integrations.test_accelerate:divided_states", str(tmp_path / "saved")) == ["{}", "{}"]
+
+
+# ---- by the plugin
+
+
+def built_by_the_line(kind: str, options: dict[str, Any], zero: dict[str, Any], more: dict[str, Any]) -> str:
+    """Run by ranks: the class of what the one line builds and what `prepare` makes of it, or what is said."""
+    with on_cpu(kind):
+        chosen: dict[str, Any] = {"cpu": True}
+        if is_zero(kind):
+            config = zero_config(kind, train_micro_batch_size_per_gpu=1, **more)
+            config["zero_optimization"] |= zero
+            handlers = [InitProcessGroupKwargs(backend="gloo")]
+            chosen = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config), "kwargs_handlers": handlers}
+        accelerator = Accelerator(**chosen)
+        net = model()
+        try:
+            optimizer = distopt.integrations.accelerate.create_optimizer("muon", net, lr=0.01, **options)
+        except ValueError as refused:
+            return str(refused)
+        net, prepared = accelerator.prepare(net, optimizer)
+        inner = net.basic_optimizer if is_zero(kind) else prepared.optimizer
+        assert inner is optimizer
+        if is_zero(kind):
+            net.destroy()
+        return type(inner).__name__
+
+
+BUILT = "tests.integrations.test_accelerate:built_by_the_line"
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "zero", "more", "found"),
+    [
+        ("ddp", {}, {}, {}, "Muon"),
+        ("zero2", {}, {}, {}, "ClientOptimizer"),
+        ("zero2", {}, OFFLOADED, {}, "ClientOptimizer"),  # which Accelerate would exchange for DeepSpeed's Adam
+        ("zero2", {}, OFFLOADED, {"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer"),
+        ("zero2", {}, {"zero_hpz_partition_size": 2}, {}, "zero_hpz_partition_size' was not tested"),
+        ("zero2", {}, {}, {"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, "sets up an optimizer too"),
+        ("zero2", {"max_grad_norm": 1.0}, {}, {}, "set gradient_clipping in the DeepSpeed config"),
+    ],
+)
+def test_one_line_is_right_under_every_plugin(
+    kind: str, options: dict[str, Any], zero: dict[str, Any], more: dict[str, Any], found: str
+) -> None:
+    if is_zero(kind):
+        pytest.importorskip("deepspeed", minversion="0.19.8")
+    for said in ranks_of(kind, 2).run(BUILT, kind, options, zero, more):
+        assert found in said
+
+
+def test_the_line_wants_the_accelerator_first() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="make the Accelerator before the optimizer"):
+        distopt.integrations.accelerate.create_optimizer("muon", model(), lr=0.01)
+
+
+def test_a_missing_accelerate_names_what_to_install() -> None:
+    code = "import sys; sys.modules['accelerate'] = None\nimport distopt\ndistopt.integrations.accelerate"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "needs accelerate >= 1.13; pip install 'distopt[accelerate]'" in done.stderr
+
+
+def wrapped_by_fsdp1(name: str) -> str:
+    """Run by ranks, what `prepare` does under FSDP1: the model is flattened after its optimizer was made."""
+    net = model()
+    optimizer = distopt.create_optimizer(name, net, lr=0.01)
+    wrapped = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
+    tokens = torch.arange(8)[None]
+    wrapped(input_ids=tokens, labels=tokens).loss.backward()
+    with pytest.raises(ValueError, match="FSDP1") as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_fsdp1_after_the_optimizer_is_refused(name: str) -> None:
+    for said in pool(2).run("tests.integrations.test_accelerate:wrapped_by_fsdp1", name):
+        assert "build the optimizer afterwards" in said

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from distopt.integrations.deepspeed import ClientOptimizer, check_config, from_config, optimizer
-from tests.distributed.pool import Pool
+from tests.distributed.pool import Pool, pool
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install distopt[deepspeed]"
@@ -28,24 +27,21 @@ OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}
 STAGES: dict[str, dict[str, Any]] = {f"stage {stage}": {"zero_optimization": {"stage": stage}} for stage in range(4)}
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[[int], Pool]]:
-    pools: dict[int, Pool] = {}
-    yield lambda size: pools.setdefault(size, Pool(size))
-    for pool in pools.values():
-        pool.close()
+def ranks(size: int) -> Pool:
+    return pool(size, "deepspeed")
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(("name", "limit"), [("adamw", 1e-5), ("adafactor", 1e-5), ("muon", 1e-4)])
-def test_every_stage_equals_one_process(ranks: Callable[[int], Pool], name: str, limit: float, size: int) -> None:
+def test_every_stage_equals_one_process(name: str, limit: float, size: int) -> None:
     found = ranks(size).run(f"{RANKS}:distances", name, OPTIONS, STAGES)
     torchs = ranks(size).run(f"{RANKS}:distances", "torch", OPTIONS, STAGES)
     print(name, size, found[0], "torch.optim.AdamW", torchs[0])
     for ours, theirs in zip(found, torchs):
         assert all(distance <= limit for distance in ours.values()), ours
-        # What DeepSpeed itself adds, by reducing gradients in another order, is what torch's AdamW shows.
-        assert name == "muon" or max(ours.values()) <= 1.2 * max(theirs.values())
+        # What DeepSpeed itself adds, by reducing gradients in another order, is what torch's AdamW shows; one rounding of a
+        # weight apart, as it steps a whole partition at once, whose elements the fused kernel groups otherwise.
+        assert name == "muon" or all(ours[stage] <= theirs[stage] + 2.0**-24 for stage in STAGES), (ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -53,9 +49,7 @@ def test_every_stage_equals_one_process(ranks: Callable[[int], Pool], name: str,
     [("adamw", {}), ("adamw", {"state_codec": "int8"}), ("muon", {}), ("soap", {})],
     ids=["adamw", "adamw int8", "muon", "soap"],
 )
-def test_the_same_batch_on_two_ranks_gives_the_same_bits(
-    ranks: Callable[[int], Pool], name: str, options: dict[str, Any]
-) -> None:
+def test_the_same_batch_on_two_ranks_gives_the_same_bits(name: str, options: dict[str, Any]) -> None:
     for wrong in ranks(2).run(f"{RANKS}:unequal", name, {**OPTIONS, **options}, STAGES):
         assert wrong == {key: [] for key in STAGES}
 
@@ -69,24 +63,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "offloaded, stage 1": {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
     "offloaded, stage 2": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
     "offloaded, stage 3": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+    "parameters offloaded too": {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    },
     "all-reduced gradients": {"zero_optimization": {"stage": 2, "reduce_scatter": False, "overlap_comm": False}},
     "small buckets": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 500, "contiguous_gradients": False}},
 }
 
 
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
-def test_settings_of_deepspeed_change_nothing(ranks: Callable[[int], Pool], name: str) -> None:
+def test_settings_of_deepspeed_change_nothing(name: str) -> None:
     for found in ranks(2).run(f"{RANKS}:distances", name, OPTIONS, SETTINGS):
         assert all(distance <= 1e-5 for distance in found.values()), found
 
 
-def test_accumulating_one_sequence_six_times_equals_six_at_once(ranks: Callable[[int], Pool]) -> None:
-    configs = {label: {**config, "gradient_accumulation_steps": 6} for label, config in STAGES.items()}
+def test_accumulating_one_sequence_twelve_times_equals_twelve_at_once() -> None:
+    configs = {label: {**config, "gradient_accumulation_steps": 12} for label, config in STAGES.items()}
     for found in ranks(2).run(f"{RANKS}:distances", "muon", OPTIONS, configs):
         assert all(distance <= 1e-5 for distance in found.values()), found
 
 
-def test_clipping_is_of_the_gradient_not_of_the_update(ranks: Callable[[int], Pool]) -> None:
+def test_clipping_is_of_the_gradient_not_of_the_update() -> None:
     clip = 0.02
     configs = {label: {**config, "gradient_clipping": clip} for label, config in STAGES.items()}
     for found in ranks(2).run(f"{RANKS}:distances", "muon", OPTIONS, configs, clip=clip):
@@ -96,7 +93,7 @@ def test_clipping_is_of_the_gradient_not_of_the_update(ranks: Callable[[int], Po
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_bf16_steps_fp32_copies_on_every_stage(ranks: Callable[[int], Pool], name: str) -> None:
+def test_bf16_steps_fp32_copies_on_every_stage(name: str) -> None:
     bf16 = {"bf16": {"enabled": True}}
     accumulated = {"data_types": {"grad_accum_dtype": "fp32"}}
     configs = {label: {**config, **bf16} for label, config in STAGES.items()}
@@ -105,21 +102,21 @@ def test_bf16_steps_fp32_copies_on_every_stage(ranks: Callable[[int], Pool], nam
         assert wrong == {key: [] for key in configs}, "stage 0 has no step before the first"
 
 
-def test_fp16_is_unscaled_before_the_rule(ranks: Callable[[int], Pool]) -> None:
+def test_fp16_is_unscaled_before_the_rule() -> None:
     scale = 65536
     configs = {label: {**STAGES[label], "fp16": {"enabled": True, "loss_scale": scale}} for label in list(STAGES)[1:]}
     for wrong in ranks(2).run(f"{RANKS}:unequal", "muon", OPTIONS, configs, dtype=torch.float16, scale=scale):
         assert wrong == {key: [] for key in configs}
 
 
-def test_steps_that_fp16_skips_do_not_count(ranks: Callable[[int], Pool]) -> None:
+def test_steps_that_fp16_skips_do_not_count() -> None:
     for skipped, ages in ranks(2).run(f"{RANKS}:overflow", "adamw", OPTIONS):
         assert 0 < skipped < 12
         assert ages == {12 - skipped}
 
 
 @pytest.mark.parametrize("name", ["muon", "soap", "adafactor"])
-def test_resume_is_bit_for_bit(ranks: Callable[[int], Pool], name: str, tmp_path: Path) -> None:
+def test_resume_is_bit_for_bit(name: str, tmp_path: Path) -> None:
     configs = {
         **STAGES,
         "small sub-groups": SETTINGS["small sub-groups"],
@@ -137,7 +134,7 @@ def test_resume_is_bit_for_bit(ranks: Callable[[int], Pool], name: str, tmp_path
         assert wrong == {key: [] for key in configs}
 
 
-def test_a_config_names_the_optimizer(ranks: Callable[[int], Pool], tmp_path: Path) -> None:
+def test_a_config_names_the_optimizer(tmp_path: Path) -> None:
     config = {
         "train_micro_batch_size_per_gpu": 12,
         "optimizer": {"type": "distopt_muon", "params": OPTIONS},
@@ -161,7 +158,7 @@ def test_a_config_names_the_optimizer(ranks: Callable[[int], Pool], tmp_path: Pa
     ],
 )
 def test_what_would_train_a_wrong_model_is_an_error_on_every_rank(
-    ranks: Callable[[int], Pool], how: str, stage: int, said: str, tmp_path: Path
+    how: str, stage: int, said: str, tmp_path: Path
 ) -> None:
     for complaint in ranks(2).run(f"{RANKS}:complaint", how, stage, str(tmp_path)):
         assert said in complaint
@@ -189,11 +186,19 @@ def test_no_name_that_deepspeed_treats_as_its_own() -> None:
         ({"missing_grad": "raise"}, "zeros"),
         ({"momentun": 0.9}, "did you mean 'momentum'"),
         ({"config": {"optimizer": {"type": "AdamW"}}}, "sets up an optimizer too"),
-        ({"config": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}}, "'cpu' or 'none'"),
+        (
+            {"config": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}},
+            "offload_optimizer.device: 'cpu' or 'none'",
+        ),
+        (
+            {"config": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}},
+            "offload_param.device: 'cpu'",
+        ),
         ({"config": {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}}, "offload_optimizer.ratio"),
         ({"config": {"zero_optimization": {"zero_hpz_partition_size": 2}}}, "zero_hpz_partition_size"),
         ({"config": {"zero_optimization": {"stag": 2}}}, "did you mean 'stage'"),
         ({"config": {"amp": {"enabled": True}}}, "amp"),
+        ({"config": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}, "zero_force_ds_cpu_optimizer"),
         ({"config": {"zero_optimization": {"stage": 0}, "fp16": {"enabled": True}}}, "stage 0"),
     ],
 )
@@ -206,6 +211,19 @@ def test_bad_options_are_refused_when_the_optimizer_is_built(options: dict[str, 
 def test_what_needs_more_than_steps_is_refused(name: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         optimizer(name, Block(), lr=0.1)
+
+
+def test_options_that_are_written_down_and_switched_off_are_none() -> None:
+    """As trainers fill them in."""
+    zero = {"stage": 2, "offload_param": {"device": "none", "nvme_path": None}, "zero_quantized_weights": False}
+    check_config(
+        {
+            "zero_optimization": zero,
+            "fp16": {"enabled": False},
+            "amp": {"enabled": False},
+            "communication_data_type": None,
+        }
+    )
 
 
 def test_no_matrix_for_the_matrix_rule_is_an_error() -> None:

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def environment(**more: str) -> dict[str, str]:
 def run(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
     done = [*map(str, command)]
     return subprocess.run(
-        done, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=DEADLINE, check=False
+        done, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=2 * DEADLINE, check=False
     )
 
 
@@ -60,6 +61,55 @@ def test_train_hf_trains_on_two_machines_and_resumes(tmp_path: Path) -> None:
     command = [sys.executable, *command[2:], "--max_steps", "3", "--resume_from_checkpoint", "auto"]
     done = run(*command)
     assert "after 3 steps with distopt_soap" in done.stdout, done.stderr
+
+
+def on_two_ranks(*command: str, **more: str) -> str:
+    done = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, **more)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_train_hf_trains_through_deepspeed_and_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", minversion="0.19.8")
+    command = ["launch/train_hf.py", "--config", "configs/train_hf.yaml", *SMALL, "--output_dir", str(tmp_path)]
+    command += ["--deepspeed", "configs/train_hf_zero2.json"]
+    assert "after 2 steps with distopt_muon" in on_two_ranks(*command)
+    assert [*tmp_path.glob("checkpoint-2/global_step2/*optim_states.pt")]
+    resumed = on_two_ranks(*command, "--max_steps", "3", "--resume_from_checkpoint", "auto")
+    assert "after 3 steps with distopt_muon" in resumed
+
+
+def test_train_accelerate_trains_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    command = ["launch/train_accelerate.py", "--config", "configs/accelerate_tiny.yaml", "--dir", str(tmp_path / "run")]
+    first = on_two_ranks(*command, "--steps", "20", "--accumulate", "2")
+    assert "after steps 0 to 20 with muon on 2 ranks" in first
+    said = on_two_ranks(*command, "--steps", "30")
+    assert "after steps 20 to 30 with muon on 2 ranks" in said
+    losses = [float(text.split("validation loss ")[1].split()[0]) for text in (first, said)]
+    assert losses[1] < losses[0] < 3.6, "a byte at random costs ln 256 = 5.5"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_hf", "train_deepspeed", "train_accelerate"])
+def test_a_script_ends_within_three_minutes_as_it_is_configured(script: str, tmp_path: Path) -> None:
+    """`run` has a deadline. On two cores with nothing else on them."""
+    config = {"train_hf": "train_hf", "train_deepspeed": "deepspeed_tiny", "train_accelerate": "accelerate_tiny"}[
+        script
+    ]
+    folder = ["--output_dir" if script == "train_hf" else "--dir", str(tmp_path / "run")]
+    begin = time.monotonic()
+    said = on_two_ranks(f"launch/{script}.py", "--config", f"configs/{config}.yaml", *folder)
+    print(f"{script}: {time.monotonic() - begin:.0f} s")
+    assert time.monotonic() - begin < 180
+    assert "validation loss" in said
+
+
+@pytest.mark.parametrize(("script", "missing"), [("train_deepspeed", "deepspeed"), ("train_accelerate", "accelerate")])
+def test_a_script_names_the_package_that_is_missing(script: str, missing: str, tmp_path: Path) -> None:
+    (tmp_path / f"{missing}.py").write_text("raise ImportError('it is not installed')\n")
+    done = run(sys.executable, f"launch/{script}.py", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.returncode != 0
+    assert f"pip install 'distopt[{missing}]'" in done.stderr or f"pip install distopt[{missing}]" in done.stderr
 
 
 @pytest.mark.parametrize(

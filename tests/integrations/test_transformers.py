@@ -1,4 +1,5 @@
-"""The Transformers Trainer: the same training on any number of ranks, names and settings, resume, refusals."""
+"""The Transformers Trainer: names and settings, states divided over replicas, refusals. How it trains is in
+`test_trainers.py`."""
 
 import json
 import os
@@ -6,13 +7,11 @@ import pickle
 import subprocess
 import sys
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
 from tests.distributed.pool import RankError, pool
@@ -26,11 +25,9 @@ from transformers.training_args import OptimizerNames  # noqa: E402
 
 import distopt.integrations.transformers as integration  # noqa: E402
 from distopt.rules import RULES  # noqa: E402
-from tests.integrations.training import LR, Full, full_weights, model, sequences, train, trainer  # noqa: E402
+from tests.integrations.training import LR, Full, equal, full_weights, furthest, model, moved, sequences, train, trainer  # noqa: E402
 
-KINDS = ["ddp", "fsdp2"]
 TRAIN = "tests.integrations.training:train"
-ROUNDINGS = 4 * 2.0**-23  # of a weight near 1
 
 
 @pytest.fixture(autouse=True)
@@ -46,57 +43,7 @@ def _no_environment_stays(monkeypatch: pytest.MonkeyPatch) -> Any:
         del os.environ[key]
 
 
-@cache
-def one_process(optim: str, same: bool = False) -> Full:
-    return train("one", "unused", optim=optim, same=same)
-
-
-@cache
-def on_ranks(optim: str, ranks: int, kind: str) -> Full:
-    return pool(ranks).run(TRAIN, kind, "unused", optim=optim)[0]
-
-
-def furthest(one: Full, other: Full) -> float:
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
-def moved(trained: Full) -> bool:
-    return all((trained[name] - param).abs().max() > 1e-3 for name, param in full_weights(model()).items())
-
-
-def equal(one: Full, other: Full) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-# ---- the same training
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize(
-    ("optim", "limit"), [("distopt_adamw", 1e-5), ("distopt_adafactor", 1e-5), ("distopt_muon", 1e-4)]
-)
-def test_ranks_train_as_one_process(optim: str, limit: float, ranks: int, kind: str) -> None:
-    """Ten steps on the same global batches. What remains is the rounding of gradients summed in another order; AdamW and
-    Adafactor carry it no further than torch's AdamW does, up to a few roundings of a weight."""
-    alone = one_process(optim)
-    assert moved(alone)
-    distance = furthest(alone, on_ranks(optim, ranks, kind))
-    assert distance <= limit
-    if limit == 1e-5:
-        torchs = furthest(one_process("adamw_torch"), on_ranks("adamw_torch", ranks, kind))
-        assert torchs > 0
-        assert distance <= torchs + ROUNDINGS
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_soap_makes_the_same_update_where_gradients_are_the_same(kind: str) -> None:
-    """It amplifies rounding, so both ranks get one batch: two equal gradients sum exactly."""
-    alone = one_process("distopt_soap", same=True)
-    assert moved(alone)
-    for rank in pool(2).run(TRAIN, kind, "unused", optim="distopt_soap", same=True):
-        assert equal(alone, rank)
+# ---- by name and by argument
 
 
 def test_both_routes_make_the_same_optimizer(tmp_path: Path) -> None:
@@ -122,33 +69,7 @@ def test_names_with_8bit_keep_their_states_in_int8(tmp_path: Path) -> None:
     assert {group["state_codec"] for group in made.create_optimizer().param_groups} == {"int8"}
     eight = train("one", tmp_path, optim="distopt_adamw_8bit")
     assert moved(eight)
-    assert 0 < furthest(one_process("distopt_adamw"), eight) < 0.05
-
-
-def test_gradients_accumulate_and_bf16_keeps_fp32_weights(tmp_path: Path) -> None:
-    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
-    assert furthest(one_process("distopt_adafactor"), train("one", tmp_path, optim="distopt_adafactor", **parts)) < 1e-5
-    low = train("one", tmp_path, optim="distopt_muon", bf16=True)
-    assert all(weight.dtype == torch.float32 for weight in low.values())
-    assert 0 < furthest(one_process("distopt_muon"), low) < 0.05
-
-
-# ---- resume
-
-
-@pytest.mark.parametrize("kind", ["one", *KINDS])
-@pytest.mark.parametrize("optim", ["distopt_adamw", "distopt_adafactor", "distopt_muon", "distopt_soap"])
-def test_resume_from_checkpoint_continues_bit_for_bit(optim: str, kind: str, tmp_path: Path) -> None:
-    if kind != "one" and Version(transformers.__version__) < Version("5.10"):
-        pytest.skip("on a CPU this Trainer reads its own checkpoint back to a device 'cpu:0', which torch refuses")
-    options = {"optim": optim, "steps": 6, "save_strategy": "steps", "save_steps": 3, "dropout": 0.2}
-    checkpoint = str(tmp_path / "checkpoint-3")
-    if kind == "one":
-        through, resumed = train(kind, tmp_path, **options), train(kind, tmp_path, resume=checkpoint, **options)
-    else:
-        through = pool(2).run(TRAIN, kind, str(tmp_path), **options)[0]
-        resumed = pool(2).run(TRAIN, kind, str(tmp_path), resume=checkpoint, **options)[0]
-    assert equal(through, resumed)
+    assert 0 < furthest(train("one", tmp_path, optim="distopt_adamw"), eight) < 0.05
 
 
 # ---- states divided over replicas
@@ -373,10 +294,19 @@ def test_an_optimizer_in_the_deepspeed_config_too_is_refused() -> None:
         with pytest.raises(ValueError, match=r"both the Trainer \(distopt_muon\) and the DeepSpeed config"):
             trainer("one", "unused", optim="distopt_muon")
         trainer("one", "unused", optim="adamw_torch")
-        config.config = {}
-        cls, options = integration.optimizer("muon", lr=LR)
-        with pytest.raises(ValueError, match="the Trainer under DeepSpeed is not supported"):
-            cls()(model(), **options)
+    finally:
+        hf_deepspeed.unset_hf_deepspeed_config()
+
+
+def test_an_optimizer_that_was_chosen_before_the_deepspeed_config_is_refused_too() -> None:
+    chosen: Any = integration.optimizer("muon", lr=LR)
+    config = Config({"optimizer": {"type": "AdamW"}})
+    hf_deepspeed.set_hf_deepspeed_config(config)
+    try:
+        with pytest.raises(ValueError, match=r"both the Trainer \(muon\) and the DeepSpeed config \(AdamW\)"):
+            Trainer(model(), TrainingArguments(use_cpu=True, report_to=[]), optimizer_cls_and_kwargs=chosen)
+        del chosen
+        trainer("one", "unused", optim="adamw_torch")
     finally:
         hf_deepspeed.unset_hf_deepspeed_config()
 

@@ -19,15 +19,16 @@ from distopt.elementwise import BoundElementwise
 from distopt.engine import BoundGroup
 from distopt.layouts import Partition, layout_of, local_tensor
 from distopt.names import parameter_names, strip_groups
-from distopt.plan.build import Group, GroupPlan, Spec, plan_group
+from distopt.plan.build import GroupPlan, Spec, plan_group
 from distopt.plan.geometry import READING
 from distopt.plan.report import PlanReport
 from distopt.rule import Rule, Shape, StateView
 from distopt.rules import group_rule
-from distopt.state.codecs import STORAGE_OPTIONS, group_storage
+from distopt.state.codecs import STORAGE_OPTIONS
 from distopt.state.counters import Counters
 from distopt.state.faces import Faces
 from distopt.state.gathering import gather
+from distopt.state.grouping import planned_group
 from distopt.state.loading import load_state_dict
 from distopt.state.units import MASTER
 from distopt.state.windows import make_window
@@ -69,20 +70,22 @@ class Bound:
         self.union, self.norm = self.domains[tuple(union)], self.domains[norm]
 
         rules = [group_rule(group) for group in groups]
-        self._stored = [{name: group[name] for name in (*STORAGE_OPTIONS, "strategy")} for group in groups]
+        self._stored = [
+            {name: group[name] for name in (*STORAGE_OPTIONS, "strategy", "wire_dtype")} for group in groups
+        ]
         self._readings = _readings(groups)
         agree(self._beliefs(rules, layouts, engine), self.union, self.rank, self.device)
         self.groups: list[BoundGroup | BoundElementwise] = []
         self.plans: list[GroupPlan] = []
         start = 0
-        for group, rule in zip(groups, rules):
+        for group in groups:
             stop = start + len(group["params"])
             specs = tuple(
                 Spec(self.names[i], layouts[i], layouts[i].ranks.index(self.rank), self.params[i].element_size())
                 for i in range(start, stop)
             )
-            gpu, storage = self.device.type != "cpu", group_storage(group)
-            plan = plan_group(Group(rule, specs, replicas, gpu, storage, group["split"], group["strategy"]), self.rank)
+            planned = planned_group(group, specs, replicas, gpu=self.device.type != "cpu")
+            plan = plan_group(planned, self.rank)
             self.plans.append(plan)
             windows = [make_window(param, spec) for param, spec in zip(self.params[start:stop], plan.specs)]
             make = BoundElementwise if plan.elementwise else BoundGroup

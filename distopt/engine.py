@@ -168,11 +168,13 @@ class BoundBucket:
             elif ask.kind == "through":
                 found_all = yield from self._through(column)
             elif self.routes is None:
-                found_all = [_settled(request.x) for request in column]
+                found_all = [_settled(_through_wire(request.x, ask.dtype)) for request in column]
             elif ask.kind == "whole":
                 found_all = yield from self._whole(self.routes[0], column, ask.dtype)
             else:
                 found_all = yield from self._back(self.routes[1], column, ask.dtype)
+            if ask.kind in ("whole", "back"):
+                found_all = [value.to(request.x.dtype) for value, request in zip(found_all, column)]
             for i, value in enumerate(found_all):
                 answers[i][q] = value
         return answers
@@ -267,6 +269,11 @@ class BoundBucket:
                     _encode(slabs.coded[name], new, kept, working.key(name))
                 elif slabs.kinds[name] == "owner":
                     _write(slabs.tensors[name], new, kept)
+
+
+def _through_wire(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What arrives of `x` where this dtype travels."""
+    return x.to(dtype).to(x.dtype) if dtype.itemsize < x.dtype.itemsize else x
 
 
 def _settled(matrices: Tensor) -> Tensor:

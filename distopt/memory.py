@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from distopt.build import model_of_shapes, parameter_groups
 from distopt.layouts import Layout, Sharded, layout_of, reshard
 from distopt.optimizer import GROUP_OPTIONS
-from distopt.plan.build import Group, Spec, plan_group
+from distopt.plan.build import Spec, plan_group
 from distopt.plan.geometry import logical_of
 from distopt.plan.held import state_bytes as planned_bytes
 from distopt.plan.paper import Mesh, tensor_parallel_dim
 from distopt.rule import Rule, require
-from distopt.rules import RULES, group_rule, rule_class
-from distopt.state.codecs import group_storage
+from distopt.rules import RULES, rule_class
+from distopt.state.grouping import planned_group
 
 
 def state_bytes(
@@ -80,9 +80,7 @@ def state_bytes(
         for key, param in group["params"]:
             found = _on_paper(mesh, rank, key, param) if mesh is not None else layout_of(param, rank)
             specs.append(Spec(key, found, found.ranks.index(rank), param.element_size()))
-        gpu = param.is_cuda
-        storage, split, strategy = group_storage(settled), settled["split"], settled["strategy"]
-        plan = plan_group(Group(group_rule(settled), tuple(specs), replicas, gpu, storage, split, strategy), rank)
+        plan = plan_group(planned_group(settled, specs, replicas, gpu=param.is_cuda), rank)
         total += planned_bytes(plan)[0] + sum(_statistics_of_nothing(plan.rule, spec) for spec in plan.specs)
     return total
 

@@ -20,7 +20,7 @@ from distopt.bound import Bound
 from distopt.layouts import global_shape, reshard
 from distopt.names import parameter_names, strip_groups, strip_prefixes
 from distopt.observation import observe
-from distopt.plan.build import check_served
+from distopt.plan.build import WIRE, check_served
 from distopt.plan.report import PlanReport
 from distopt.plan.strategies import check_strategy
 from distopt.rule import require
@@ -36,7 +36,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "norm_group": None,
     "maximize": False,
 }
-GROUP_OPTIONS: dict[str, Any] = {**STORAGE_OPTIONS, "split": None, "strategy": "auto"}
+GROUP_OPTIONS: dict[str, Any] = {**STORAGE_OPTIONS, "split": None, "strategy": "auto", "wire_dtype": "fp32"}
 """Options of a group beside its rule's."""
 TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused")
 BOOKKEEPING = {"params", "param_names", "rule", "initial_lr", "train_mode"}
@@ -75,6 +75,9 @@ class Optimizer(torch.optim.Optimizer):
             one rank), "gather" (by every rank), "gram" (by all that hold some of it, which sum Gram matrices: rounding
             differs, 1e-4) and "split" (so by a few) are described in `distopt.plan.strategies`. Groups of another rule
             have "auto".
+        wire_dtype: "fp32" or "bf16": what matrices travel in to whoever computes them, and back. "bf16" halves the bytes and
+            rounds what the rule asks to see whole and what it hands back, on every layout, so that all of them still agree
+            bit for bit.
 
     The layout of parameters is read, and states are made, on the first of step, state, state_dict, load_state_dict and
     plan ("bind"): shard the model before that. Bind is collective where parameters are sharded.
@@ -163,7 +166,7 @@ class Optimizer(torch.optim.Optimizer):
             shared: dict[str, Any] = {
                 key: self.defaults[key] for key in ("lr", "weight_decay") if key in allowed and key in self.defaults
             }
-            group = {**_defaults(name), "split": None, "strategy": "auto", **shared, **group}
+            group = {**_defaults(name), "split": None, "strategy": "auto", "wire_dtype": "fp32", **shared, **group}
         if rule_class(name).modes:
             group.setdefault("train_mode", True)
         before = self.defaults
@@ -439,6 +442,7 @@ def _check_group(group: dict[str, Any], position: int) -> None:
     rule = group_rule(group)
     group_storage(group)
     check_strategy(rule, group["strategy"])
+    require(group["wire_dtype"] in WIRE, f"wire_dtype: {' or '.join(WIRE)}, got {group['wire_dtype']!r}")
     names = group.get("param_names") or [f"group {position} parameter {i}" for i in range(len(group["params"]))]
     if group["split"] and rule.reach == "elementwise":
         warnings.warn(f"split={group['split']!r} is ignored: {group['rule']} sees no matrices", stacklevel=5)

@@ -23,11 +23,12 @@ from torch import nn
 from distopt.build import model_of_shapes, parameter_groups
 from distopt.cli.tables import OnPaper, comparison, draw, table
 from distopt.optimizer import GROUP_OPTIONS, check_options
-from distopt.plan.build import Group, Spec, plan_group
+from distopt.plan.build import Spec, plan_group
 from distopt.plan.cost import Rates, load_rates
 from distopt.plan.paper import Mesh, loads_of, tensor_parallel_dim
-from distopt.rules import group_rule, rule_class
-from distopt.state.codecs import STORAGE_OPTIONS, group_storage
+from distopt.rules import rule_class
+from distopt.state.codecs import STORAGE_OPTIONS
+from distopt.state.grouping import planned_group
 
 
 def add_command(commands: Any) -> None:
@@ -141,12 +142,11 @@ def plan_model(
         defaults = {**{f.name: f.default for f in fields(rule_class(rule_name))}, **STORAGE_OPTIONS, **GROUP_OPTIONS}
         shared = {key: value for key, value in own.items() if rule_name == name or key in STORAGE_OPTIONS}
         complete = {**defaults, **shared, **group, "rule": rule_name}
-        rule, storage = group_rule(complete), group_storage(complete)
         specs = []
         for key, param in group["params"]:
             layout = mesh.layout(tuple(param.shape), tp_dims[key])
             specs.append(Spec(key, layout, 0, param.element_size()))
-        plan = plan_group(Group(rule, tuple(specs), replicas, gpu, storage, complete["split"], complete["strategy"]), 0)
+        plan = plan_group(planned_group(complete, specs, replicas, gpu=gpu), 0)
         title = f"{number} ({rule_name})"
         found.rows += [(title, strategy, loads) for strategy, loads in loads_of(plan, mesh, rates).items()]
     found.add_verdict(len(tp_dims), rates)

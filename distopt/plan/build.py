@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 
 from distopt.layouts.base import Layout, Partition
 from distopt.layouts.region import Rect
@@ -19,7 +20,7 @@ from distopt.plan.geometry import Geometry, Logical, geometry_of, logical_of
 from distopt.plan.owners import Load, assign_owners, spread_turns
 from distopt.plan.strategies import Home, Strategy, check_strategy, held, is_tall
 from distopt.plan.tiles import LEAST, Storage
-from distopt.plan.trace import Rounds, Trace, trace
+from distopt.plan.trace import Rounds, Trace, on_the_wire, trace
 from distopt.rule import Rule, Shape
 
 BUCKET_BYTES = 64 << 20
@@ -29,6 +30,8 @@ IN_FLIGHT = 3
 BATCH_NUMEL = 1 << 14
 """Matrices up to this size are computed together; larger ones fill the machine alone, and alone they give the same
 bits wherever they are computed."""
+WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What matrices may travel in."""
 STACK_NUMEL = 1 << 20
 """Elements in one batch at most: larger ones fall out of the cache."""
 
@@ -55,6 +58,7 @@ class Group:
     split: str | None = None
     strategy: Strategy = "auto"
     rates: Rates | None = None
+    wire: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,7 @@ class GroupPlan:
     gpu: bool
     storage: Storage = field(default_factory=Storage)
     split: str | None = None
+    wire: torch.dtype = torch.float32
     buckets: list[Bucket] = field(default_factory=list)
     costs: dict[tuple[int, ...], Loads] = field(default_factory=dict)
     """Per domain, what each rank does per step for the matrices that are computed there."""
@@ -200,13 +205,13 @@ class GroupPlan:
 
     def rounds(self, shape: Shape) -> Rounds:
         """What the rule asks for, round by round: the same in every step, as the plan's bytes are."""
-        step, _ = next(iter(self.rule.phases().values()))
-        return trace(self.rule, shape, step, self.gpu).rounds
+        return next(self.traces(shape))[2].rounds
 
     def traces(self, shape: Shape) -> Iterator[tuple[str, float, Trace]]:
         """(phase, share of steps, trace) for a logical shape."""
         for phase, (step, share) in self.rule.phases().items():
-            yield phase, share, trace(self.rule, shape, step, self.gpu)
+            found = trace(self.rule, shape, step, self.gpu)
+            yield phase, share, replace(found, rounds=on_the_wire(found.rounds, self.wire))
 
 
 def plan_group(group: Group, rank: int) -> GroupPlan:
@@ -220,7 +225,7 @@ def plan_group(group: Group, rank: int) -> GroupPlan:
     check_strategy(rule, group.strategy)
     for spec in group.specs:
         check_served(spec.name, spec.layout.shape, rule, group.split)
-    plan = GroupPlan(rule, group.specs, group.gpu, group.storage, group.split)
+    plan = GroupPlan(rule, group.specs, group.gpu, group.storage, group.split, group.wire)
     turns = deal_turns(plan)
     if group.replicas is not None:
         plan.specs = partition_replicas(group, group.replicas, group.replicas.index(rank), turns)

@@ -8,7 +8,7 @@ cost.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -42,6 +42,17 @@ class Ask:
 
 
 Rounds = tuple[tuple[Ask, ...], ...]
+
+
+def on_the_wire(rounds: Rounds, dtype: torch.dtype) -> Rounds:
+    """The rounds with whole matrices that travel in `dtype`, where they would in more bytes."""
+    return tuple(
+        tuple(
+            replace(ask, dtype=dtype) if ask.kind in ("whole", "back") and ask.dtype.itemsize > dtype.itemsize else ask
+            for ask in asks
+        )
+        for asks in rounds
+    )
 
 
 @dataclass(frozen=True)

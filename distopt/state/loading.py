@@ -108,7 +108,7 @@ def _check_groups(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any
 def _take_over(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
     for group, saved_group in zip(groups, saved_groups):
         # Whatever the codec that it was saved under, and the layout that it was planned for, it loads into these.
-        own = ("params", "param_names", "rule", "strategy")
+        own = ("params", "param_names", "rule", "strategy", "wire_dtype")
         kept = {k: group[k] for k in group if k in own or k.endswith("_codec")}
         # Schedulers keep numbers of theirs in groups; everything comes back but what has no meaning here.
         group.update({k: v for k, v in saved_group.items() if k not in NOT_OURS})

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from tests.cases import collect
 from tests.distributed import training
@@ -49,3 +50,30 @@ def test_bytes_of_a_strategy_are_the_planned_ones(layout: str, world_size: int, 
     answers = pool(world_size).run("tests.distributed.traffic:one_step", "Muon", layout, {"strategy": strategy})
     for counted, reported, planned in answers:
         assert counted == reported == planned
+
+
+@pytest.mark.parametrize(
+    ("rule", "layout", "strategy"),
+    [("muon", "fsdp", "owner"), ("muon", "fsdp-tp", "gather"), ("soap", "fsdp", "owner")],
+)
+def test_matrices_that_travel_in_bf16_move_half_and_all_layouts_agree(rule: str, layout: str, strategy: str) -> None:
+    world_size = 4
+    case = collect()[rule]
+    shapes = case.accepted(LAYOUTS[layout].shapes)
+    options = {"strategy": strategy, "wire_dtype": "bf16", "nonfinite": None}
+    expected = one_process(case.optimizer, {"wire_dtype": "bf16"}, shapes)[0]
+    exact = one_process(case.optimizer, {}, shapes)[0]
+    assert any(not torch.equal(expected[name], exact[name]) for name in shapes)
+    answers = pool(world_size).run(f"{training.__name__}:on_ranks", case.optimizer, options, layout, shapes, expected)
+    limit = 1e-5 if LAYOUTS[layout].has_repeated_shapes else 0.0
+    assert all(distance <= limit for distance in distances([report for report, _ in answers]).values())
+    narrow, wide = (
+        pool(world_size).run(
+            "tests.distributed.traffic:one_step", case.optimizer, layout, {**options, "wire_dtype": dtype}
+        )
+        for dtype in ("bf16", "fp32")
+    )
+    votes = 8 * len(shapes) + 4
+    for (counted, reported, planned), (all_counted, _, _) in zip(narrow, wide):
+        assert counted == reported == planned
+        assert 2 * (counted["sent"] - votes) == all_counted["sent"] - votes

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,6 +37,9 @@ from distopt.state.units import MASTER
 from distopt.state.windows import make_window
 from distopt.verdict import Verdict, first_nonfinite, reach_verdict, sum_squares
 
+DEADLINE = timedelta(minutes=5)
+"""How long a collective state_dict() waits for the other ranks."""
+
 
 class Bound:
     """See the module. `groups` are the optimizer's param_groups, `engine` its keyword-only options.
@@ -53,6 +59,13 @@ class Bound:
                     f"parameters lie on {self.device} and on {local_tensor(param).device}; use one optimizer per device"
                 )
         self.names = parameter_names(groups)
+        bare = [i for i, group in enumerate(groups) if not group.get("param_names")]
+        if bare and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                f"the parameters of group {bare[0]} have no names, so their states are known by position, on all ranks and in "
+                "checkpoints: pass model.named_parameters() instead of model.parameters()",
+                stacklevel=2,
+            )
         self._dtypes = [param.dtype for param in self.params]
         exchange_flat_ranges(self.names, self.params, self.device)
         layouts = [layout_of(param, self.rank) for param in self.params]
@@ -101,6 +114,8 @@ class Bound:
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.holds = [window.numel > 0 for bound in self.groups for window in bound.windows]
         self._positions: dict[int, int] = {}
+        self._last_grad: weakref.ref[Tensor] | None = None
+        self._last_version = 0
         self.counters: list[Counters] = []
         for bound, faces in zip(self.groups, self.faces):
             for number, window in enumerate(bound.windows):
@@ -113,7 +128,14 @@ class Bound:
 
         Raises:
             ValueError: states are partitioned over replicas.
+        RuntimeError: it is collective and another rank did not call it.
         """
+        if any(faces.is_collective() for faces in self.faces) and not self.union.meet(DEADLINE):
+            raise RuntimeError(
+                f"state_dict() waited {DEADLINE.total_seconds():g} s for the other ranks: states of this optimizer are spread "
+                f"over ranks {list(self.union.ranks)}, so every one of them has to call it. To save from all ranks use "
+                "distopt.checkpoint.save(path, model=…, optimizer=…) or torch.distributed.checkpoint"
+            )
         found: defaultdict[Tensor, Any] = defaultdict(dict)
         for group, faces in zip(self.groups, self.faces):
             if any(isinstance(window.spec.layout, Partition) for window in group.windows):
@@ -248,6 +270,7 @@ class Bound:
                 "for DeepSpeed, with distopt.integrations.deepspeed.optimizer(name, model)"
             )
         if not verdict.finite:
+            self._note(grads)
             if engine["nonfinite"] == "raise" and found_inf is None:
                 position = first_nonfinite([w.grad() for g in self.groups for w in g.windows], self.union, self.device)
                 name = f" of {self.names[position]!r}" if position >= 0 else ""
@@ -292,7 +315,23 @@ class Bound:
                 group.finish()
         for group in stepped:
             gather(group.windows, self.domains)
+        self._note(grads)
         return Verdict(norm, True, verdict.inert, verdict.partial)
+
+    def _note(self, grads: list[Tensor | None]) -> None:
+        """Remember the first gradient that a step has seen; see `accumulates`."""
+        first = next((grad for grad in grads if grad is not None), None)
+        if first is not None:
+            self._last_grad, self._last_version = weakref.ref(first), first._version
+
+    def accumulates(self) -> bool:
+        """Whether gradients have come since the last step: whether the first that there is is another, or not zero and
+        written to."""
+        grad = next((param.grad for param in self.params if param.grad is not None), None)
+        taken = self._last_grad() if self._last_grad is not None else None
+        if grad is None or (grad is taken and grad._version == self._last_version):
+            return False
+        return bool(local_tensor(grad).any())
 
     def refuse_alone(self, groups: list[dict[str, Any]]) -> None:
         """Raise where parameters cannot be stepped one by one, in an order that no other rank knows."""

@@ -31,7 +31,7 @@ from distopt.rules import group_rule
 from distopt.state.agreement import Ranks
 from distopt.state.faces import Faces
 from distopt.state.files import Piece, check_writable, write
-from distopt.state.loading import check_reading
+from distopt.state.loading import check_reading, is_own, log_changes
 from distopt.state.manifest import CheckpointError
 from distopt.state.reader import Reader, latest, prune
 from distopt.state.units import MASTER
@@ -83,10 +83,17 @@ def save(
         averages: of this model's weights, by a name of your choice.
 
     Raises:
-        CheckpointError: the same on every rank; what was there before is intact.
+        CheckpointError: the same on every rank; what was there before is intact. Also in the middle of an accumulation, whose
+            gradients would be lost.
         ValueError: a parameter of the optimizer is not in the model.
     """
     bound: Bound = optimizer._bind()
+    with Ranks(None).together():
+        if bound.accumulates():
+            raise CheckpointError(
+                "there are gradients that no step has taken yet, and a checkpoint has no gradients: save after "
+                "optimizer.step(), or after optimizer.zero_grad() to drop them"
+            )
     names = _names(model, bound)
     document = {
         "groups": [
@@ -165,10 +172,11 @@ def load(
                 if faces.group.units.holds(number, MASTER):
                     found.setdefault((number, None, MASTER), window.weight().float())
             faces.group.units.write(found)
-        for group, saved, counters in zip(optimizer.param_groups, groups, bound.counters):
+        for number, (group, saved, counters) in enumerate(zip(optimizer.param_groups, groups, bound.counters)):
             # Whatever the codec that it was saved under, it loads into this one's.
-            options = {key: value for key, value in saved["options"].items() if not key.endswith("_codec")}
-            group.update({key: _restored(value) for key, value in options.items()})
+            options = {k: _restored(v) for k, v in saved["options"].items() if not is_own(k)}
+            log_changes(number, group, options)
+            group.update(options)
             ages = dict(zip(saved["names"], saved["steps"]))
             counters.assign([ages[names[id(param)]] for param in group["params"]])
     for label, average in (averages or {}).items():

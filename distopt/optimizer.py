@@ -80,7 +80,8 @@ class Optimizer(torch.optim.Optimizer):
             bit for bit.
 
     The layout of parameters is read, and states are made, on the first of step, state, state_dict, load_state_dict and
-    plan ("bind"): shard the model before that. Bind is collective where parameters are sharded.
+    plan ("bind"): shard the model before that. Bind is collective where parameters are sharded. States are known by the names
+    of their parameters: pass `model.named_parameters()`; without names, by position.
     """
 
     rule_name: ClassVar[str] = ""

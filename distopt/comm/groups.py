@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,18 @@ class Domain:
             return None
         self.traffic.count(sent.nbytes, received.nbytes)
         return dist.all_to_all_single(received, sent, receive, send, group=self.group, async_op=True)
+
+    def meet(self, deadline: timedelta) -> bool:
+        """Wait until every rank has come here; False where one has not in time. Not counted as traffic."""
+        if self.group is None:
+            return True
+        device = dist.distributed_c10d._get_pg_default_device(self.group)
+        work = dist.all_reduce(torch.zeros(1, device=device), group=self.group, async_op=True)
+        assert work is not None
+        try:
+            return bool(work.wait(deadline))
+        except RuntimeError:  # a timeout, or a rank that is gone: backends do not tell one from the other
+            return False
 
     def broadcast(self, buffer: Tensor, source: int) -> dist.Work | None:
         """Start a broadcast from the rank at position `source`."""

@@ -212,10 +212,14 @@ class Faces:
         for matrix, start, stop, at, first in runs:
             yield starts[matrix] + start, window.state[name][at : at + stop - start], first
 
-    def _complete_statistics(self) -> None:
-        """A row or column statistic of a DTensor is `Replicate` along the axes that it was reduced over, but a rank whose
-        shard is empty never computed it. torch's checkpoint lets any replica speak for all, so give it the values: one
-        sum per domain, in which every element comes from the first rank that has it (first chunks are never empty)."""
+    def is_collective(self) -> bool:
+        """Whether `fill` needs other ranks."""
+        gathered = (self.gathers(n, s) for n in range(len(self.windows)) for s in self.declared(n).values())
+        alone = all(len(ranks) == 1 for ranks in self.group.plan.homes)
+        return (not alone and any(True for _ in self._travelling())) or any(gathered) or bool(self._incomplete())
+
+    def _incomplete(self) -> dict[tuple[int, ...], list[tuple[Window, str, tuple[int, ...]]]]:
+        """By domain: the statistics that a rank with an empty shard lacks, with the shapes of their faces."""
         wanting: dict[tuple[int, ...], list[tuple[Window, str, tuple[int, ...]]]] = {}
         for number, window in enumerate(self.windows):
             layout = window.spec.layout
@@ -226,7 +230,13 @@ class Faces:
                 if state.kind in ("row", "col", "matrix") and not self.gathers(number, state):
                     face = self.face_shape(number, name)
                     wanting.setdefault(tuple(sorted(layout.ranks)), []).append((window, name, face))
-        for ranks, members in sorted(wanting.items()):
+        return wanting
+
+    def _complete_statistics(self) -> None:
+        """A row or column statistic of a DTensor is `Replicate` along the axes that it was reduced over, but a rank whose
+        shard is empty never computed it. torch's checkpoint lets any replica speak for all, so give it the values: one
+        sum per domain, in which every element comes from the first rank that has it (first chunks are never empty)."""
+        for ranks, members in sorted(self._incomplete().items()):
             sums = torch.zeros(sum(prod(face) for _, _, face in members), device=self.group.device)
             views = []
             for (window, name, face), flat in zip(members, sums.split([prod(face) for _, _, face in members])):

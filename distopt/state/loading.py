@@ -5,7 +5,8 @@ Everything is matched and checked before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -106,13 +107,30 @@ def _check_groups(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any
 
 
 def _take_over(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
-    for group, saved_group in zip(groups, saved_groups):
-        # Whatever the codec that it was saved under, and the layout that it was planned for, it loads into these.
-        own = ("params", "param_names", "rule", "strategy", "wire_dtype")
-        kept = {k: group[k] for k in group if k in own or k.endswith("_codec")}
+    for number, (group, saved_group) in enumerate(zip(groups, saved_groups)):
         # Schedulers keep numbers of theirs in groups; everything comes back but what has no meaning here.
-        group.update({k: v for k, v in saved_group.items() if k not in NOT_OURS})
-        group.update(kept)
+        taken = {k: v for k, v in saved_group.items() if k not in NOT_OURS and not is_own(k)}
+        log_changes(number, group, taken)
+        group.update(taken)
+
+
+def is_own(option: str) -> bool:
+    """Whether a group keeps its own value of an option: whatever the codec that states were saved under, and the layout that
+    they were planned for, they load into these."""
+    return option in ("params", "param_names", "rule", "strategy", "wire_dtype") or option.endswith("_codec")
+
+
+def log_changes(number: int, group: Mapping[str, Any], taken: Mapping[str, Any]) -> None:
+    """Say (logger "distopt") which hyperparameters of a group a load changes: those of the state dict hold. What schedulers
+    move is only worth an INFO."""
+    for key, value in taken.items():
+        before = tuple(group[key]) if isinstance(group.get(key), list) else group.get(key)
+        after = tuple(value) if isinstance(value, list) else value
+        if key in group and key not in ("params", "param_names") and before != after:
+            level = logging.INFO if key in ("lr", "initial_lr", "train_mode") else logging.WARNING
+            logging.getLogger("distopt").log(
+                level, "group %d: %s was %r here and is %r now, as it was saved", number, key, before, after
+            )
 
 
 def check_reading(number: int, group: dict[str, Any], saved_group: dict[str, Any]) -> None:

@@ -1,6 +1,9 @@
 """What the ranks of `test_changes.py` run."""
 
 import math
+import warnings
+from datetime import timedelta
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -58,3 +61,33 @@ def save_after_evaluation(path: str) -> bool:
     optimizer.step()
     distopt.checkpoint.load(path, model=model, optimizer=optimizer)
     return all(torch.equal(a, b.to_local()) for a, b in zip(saved, model.parameters(), strict=True))  # type: ignore[attr-defined]
+
+
+def lone_state_dict() -> str:
+    """The error of rank 0, which alone calls a collective state_dict()."""
+    mesh = init_device_mesh("cpu", (2,))
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    optimizer = distopt.SOAP([("weight", weight)])
+    weight.grad = distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])
+    optimizer.step()
+    if dist.get_rank() == 1:
+        return ""
+    try:
+        with mock.patch("distopt.bound.DEADLINE", timedelta(seconds=0.5)):
+            optimizer.state_dict()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def warnings_of_bare_tensors() -> tuple[list[str], list[str]]:
+    """What is said about parameters without names, and about some with names."""
+    mesh = init_device_mesh("cpu", (2,))
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    found = []
+    for params in ([weight], [("weight", weight)]):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            distopt.AdamW(params).plan  # noqa: B018
+        found.append([str(warning.message) for warning in caught])
+    return found[0], found[1]

@@ -1,7 +1,9 @@
 """What changes between steps: gradients that come late, layouts of memory, parameters taken out, options, precision."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,3 +109,61 @@ def test_a_channels_last_weight_is_updated_when_replicas_share_the_work() -> Non
 
 def test_fsdp_checkpoint_after_an_evaluation_holds_the_sharded_parameters(tmp_path: Path) -> None:
     assert all(pool(2).run("tests.faults.changes:save_after_evaluation", str(tmp_path / "step-1")))
+
+
+def test_lone_state_dict_ends_with_the_way_to_do_it() -> None:
+    try:
+        error, _ = pool(2).run("tests.faults.changes:lone_state_dict")
+    finally:
+        pool(2).close()  # its ranks do not agree any more about how many collectives there were
+    assert "every one of them has to call it" in error
+    assert "distopt.checkpoint.save" in error
+
+
+def test_bare_tensors_on_several_ranks_are_warned_of() -> None:
+    for bare, named in pool(2).run("tests.faults.changes:warnings_of_bare_tensors"):
+        assert len(bare) == 1
+        assert "named_parameters()" in bare[0]
+        assert not named
+
+
+def test_checkpoint_in_the_middle_of_accumulation_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    optimizer = distopt.AdamW(model.named_parameters())
+
+    def save() -> None:
+        distopt.checkpoint.save(tmp_path / "saved", model=model, optimizer=optimizer)
+
+    for _ in range(2):
+        model(torch.ones(2, 4)).sum().backward()
+        with pytest.raises(distopt.checkpoint.CheckpointError, match="no step has taken"):
+            save()
+        optimizer.step()
+        save()  # gradients that were taken may still be there
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(distopt.checkpoint.CheckpointError, match="no step has taken"):
+        save()
+    optimizer.zero_grad(set_to_none=False)
+    save()
+    optimizer.zero_grad()
+    save()
+
+
+def test_hyperparameters_that_a_load_changes_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(4, 4)
+    optimizer = distopt.AdamW(model.named_parameters(), weight_decay=0.1)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    distopt.checkpoint.save(tmp_path / "saved", model=model, optimizer=optimizer)
+    loads: tuple[Callable[[distopt.Optimizer], Any], ...] = (
+        lambda other: other.load_state_dict(optimizer.state_dict()),
+        lambda other: distopt.checkpoint.load(tmp_path / "saved", model=model, optimizer=other),
+    )
+    for load in loads:
+        caplog.clear()
+        other = distopt.AdamW(model.named_parameters(), lr=0.5, weight_decay=0.2)
+        load(other)
+        assert [record.getMessage() for record in caplog.records] == [
+            "group 0: weight_decay was 0.2 here and is 0.1 now, as it was saved"
+        ]
+        assert other.param_groups[0]["lr"] == 1e-3

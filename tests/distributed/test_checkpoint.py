@@ -294,6 +294,8 @@ def fresh_saved(optimizer: str, path: Path) -> list[bool]:
     laid, model, built = build(optimizer, "fsdp")
     before = {name: local_tensor(param).clone() for name, param in laid.params.items()}
     laid.set_grads(gradients(optimizer, 0))
+    built.state_dict()
+    built.zero_grad()
     checkpoint.save(path, model=model, optimizer=built)
     return [torch.equal(before[name], local_tensor(param)) for name, param in laid.params.items()]
 

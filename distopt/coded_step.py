@@ -1,4 +1,5 @@
-"""The step of an elementwise rule on states stored as codes: decode a span, run the rule, encode it, span by span.
+"""The step of an elementwise rule on states stored as codes: by a kernel where there is one for all the rule's states, else
+decode a span, run the rule, encode it, span by span.
 
 A tile that an edge of a shard cuts needs its scale before it is encoded: spans with such tiles are computed twice, first
 only for the maxima of what the rule returns, on which the ranks then agree by one reduction per group.
@@ -15,6 +16,7 @@ from torch import Tensor
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
 from distopt.state.coded import Span
+from distopt.state.fused import Fused
 from distopt.state.noise import Key
 from distopt.state.units import Section, Unit, Units
 
@@ -61,7 +63,6 @@ class _Flat:
         for i, window in zip(self.unit.members, self.unit.windows):
             if not self.alone and i not in inert:
                 window.weight().copy_(self.weight[self.unit.parts[i]])
-            window.finish()
 
 
 def step_units(
@@ -77,8 +78,10 @@ def step_units(
     """Step every unit with these gradients (flat, by parameter number), or feed them to the rule as what is `observed`;
     members that are `inert` are left alone, and so are the states of the group, `scalars`."""
     h = step_values(rule, step, Shape(1, 1, 1), gpu)
-    active = {id(unit): _Flat(unit, grads, inert) for unit in units.units if not inert.issuperset(unit.members)}
-    stepping = [unit for unit in units.units if id(unit) in active]
+    stepping = [unit for unit in units.units if not inert.issuperset(unit.members)]
+    kernels = Fused(rule, h, grads, inert) if observed is None else None
+    fused = {id(unit): kernel for unit in stepping if kernels and (kernel := kernels.find(unit))}
+    active = {id(unit): _Flat(unit, grads, inert) for unit in stepping if id(unit) not in fused}
     found = {}
     for unit in stepping:
         if any(unit.slots.values()):
@@ -87,6 +90,11 @@ def step_units(
     cut = [(unit, section) for unit in stepping if id(unit) in found for section in unit.sections if section.is_cut]
     for unit, section in units.walk(cut, write=False):
         maxima = found[id(unit)]
+        if id(unit) in fused:
+            assert kernels is not None
+            for name, values in kernels.look(fused[id(unit)], unit, section).items():
+                maxima[name][section.cuts] = values
+            continue
         for span, spans in section.spans(units.device):
             if any(section.stores[name].is_cut(spans[name]) for name in maxima):
                 new = _update(rule, h, active[id(unit)], section, span, spans, scalars, observed)[1]
@@ -95,10 +103,14 @@ def step_units(
     agreed = units.agreed([(unit, name, v) for unit in stepping for name, v in found.get(id(unit), {}).items()])
     everything = [(unit, section) for unit in stepping for section in unit.sections]
     for unit, section in units.walk(everything):
-        flat = active[id(unit)]
         known = {
             name: agreed[id(store)].part(section.tiles) for name, store in unit.stores.items() if id(store) in agreed
         }
+        if id(unit) in fused:
+            assert kernels is not None
+            kernels.step(fused[id(unit)], unit, section, known)
+            continue
+        flat = active[id(unit)]
         for span, spans in section.spans(units.device):
             weight, new = _update(rule, h, flat, section, span, spans, scalars, observed)
             if observed is None:
@@ -108,6 +120,9 @@ def step_units(
                 section.stores[name].encode(spans[name], value, known.get(name), key)
     for flat in active.values():
         flat.write_back(inert)
+    for unit in stepping:
+        for window in unit.windows:
+            window.finish()
 
 
 def _update(

@@ -67,7 +67,7 @@ class Unit:
 
     Attributes:
         members: their numbers in the group.
-        parts: where each lies among the unit's elements.
+        parts, tile_parts: where each lies among the unit's elements, and its tiles among the unit's.
         stores: by state name.
         sections: what the stores hold, cut into runs of elements.
         master, rest: how what parameters of lower precision lack of fp32 weights is kept, and that; or None.
@@ -85,7 +85,10 @@ class Unit:
         specs = [window.spec for window in self.windows]
         first = self.windows[0]
         slots = [len(shared_tiles(spec.layout)) for spec in specs]
-        self.tiles = join_tiles([local_tiles(spec.layout, spec.index) for spec in specs], slots)
+        tiles = [local_tiles(spec.layout, spec.index) for spec in specs]
+        self.tiles = join_tiles(tiles, slots)
+        edges = pairwise(accumulate((part.count for part in tiles), initial=0))
+        self.tile_parts = {i: slice(a, b) for i, (a, b) in zip(members, edges)}
         self.master: Master | None = plan.storage.master if plan.storage.mastered(first.spec.itemsize) else None
         self.rest: Tensor | None = None
         if self.master is not None:

@@ -1,0 +1,89 @@
+"""Compiled kernels on CPU: `step.cpp`, built by the system's C++ compiler for one rule and its codecs when they first step.
+
+A build takes seconds, and is kept in the user's cache directory under a name that has the source, the compiler's command
+and the processor in it. Where there is no compiler the rule's text runs. Weights and gradients are fp32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from distopt.kernels.jobs import CodedKernel, Job, table
+
+SOURCE = Path(__file__).with_name("step.cpp")
+# No -ffast-math: every operation is rounded as torch rounds it. Without errno and traps loops of roots become vectors.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+CODECS = {("FP32", True): "Fp32", ("FP32", False): "Fp32", ("BF16", True): "Bf16", ("BF16", False): "Bf16"}
+CODECS |= {("Int8", True): "Int8", ("Int8", False): "UInt8"}
+"""(class of the codec, signed) → struct in the source."""
+
+
+@cache
+def build(rule: str, codecs: tuple[str, ...]) -> CodedKernel | None:
+    """The kernel of a rule for states stored so; None where it cannot be built."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or not sys.platform.startswith("linux"):
+        return None
+    names = [*codecs, "Fp32"]
+    command = [compiler, *FLAGS, f"-DRULE={rule}", f"-DCODEC_A={names[0]}", f"-DCODEC_B={names[1]}"]
+    words = [*command, SOURCE.read_text(), _processor()]
+    name = f"step-{hashlib.sha256(chr(0).join(words).encode()).hexdigest()[:24]}.so"
+    try:
+        library = _cache() / name
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                made = Path(folder) / name
+                options = ["-shared", "-fPIC", "-pthread", str(SOURCE), "-o", str(made)]
+                subprocess.run([*command, *options], check=True, capture_output=True, timeout=300)
+                os.replace(made, library)  # ranks may build at the same time
+        step = ctypes.CDLL(str(library)).step
+    except (OSError, subprocess.SubprocessError):
+        return None
+    step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    step.restype = None
+    return partial(_run, step)
+
+
+def _run(step: Callable[..., None], jobs: list[Job], scalars: tuple[float, ...], look: bool) -> None:
+    rows, numbers = table(jobs), torch.tensor([*scalars, *[0.0] * (8 - len(scalars))])
+    step(rows.data_ptr(), len(jobs), numbers.data_ptr(), torch.get_num_threads(), int(look))
+
+
+def _cache() -> Path:
+    """Where builds are kept: a directory that is this user's alone."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(root) / "distopt"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return _private()
+
+
+@cache
+def _private() -> Path:
+    return Path(tempfile.mkdtemp(prefix="distopt-"))
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )

@@ -8,6 +8,7 @@ only for the maxima of what the rule returns, on which the ranks then agree by o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,8 @@ def step_units(
     members that are `inert` are left alone, and so are the states of the group, `scalars`."""
     h = step_values(rule, step, Shape(1, 1, 1), gpu)
     stepping = [unit for unit in units.units if not inert.issuperset(unit.members)]
-    kernels = Fused(rule, h, grads, inert) if observed is None else None
+    keys = partial(Key, units.plan.storage.seed, step)
+    kernels = Fused(rule, h, grads, inert, keys) if observed is None else None
     fused = {id(unit): kernel for unit in stepping if kernels and (kernel := kernels.find(unit))}
     active = {id(unit): _Flat(unit, grads, inert) for unit in stepping if id(unit) not in fused}
     found = {}
@@ -116,8 +118,7 @@ def step_units(
             if observed is None:
                 flat.store(section, span, weight)
             for name, value in new.items():
-                key = Key(units.plan.storage.seed, step, name)
-                section.stores[name].encode(spans[name], value, known.get(name), key)
+                section.stores[name].encode(spans[name], value, known.get(name), keys(name))
     for flat in active.values():
         flat.write_back(inert)
     for unit in stepping:

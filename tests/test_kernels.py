@@ -1,6 +1,10 @@
-"""Kernels of elementwise rules against the rule's own text: compiled C++ on CPU."""
+"""Kernels against what they replace: compiled C++ on CPU, Triton in its interpreter and compiled without a GPU."""
 
+import os
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from distopt.state import fused
 from distopt.state.codecs import CODECS
 from tests.test_codecs import stores
 
+ROOT = Path(__file__).parents[1]
 SHAPES = {"whole": (40, 256), "ragged": (37, 100), "vector": (5000,), "large": (300, 512), "small": (10,)}
 RULES: dict[str, dict[str, Any]] = {
     "AdamW": {},
@@ -115,3 +120,17 @@ def test_a_kernel_that_does_something_else_is_not_used(without_compiler: None, m
     monkeypatch.setattr(native, "build", lambda rule, codecs: lambda jobs, scalars, look: called.append(rule))
     trained("AdamW", "int8", steps=1)
     assert called == ["AdamW"], "asked once, for its trial"
+
+
+@pytest.mark.parametrize(("module", "interpreted", "says"), [
+    ("tests.interpreted", True, "all equal"),
+    ("tests.ahead_of_time", False, "compiled for (80, 90)"),
+])  # fmt: skip
+def test_triton_kernels(module: str, interpreted: bool, says: str) -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpreted))}
+    done = subprocess.run(
+        [sys.executable, "-m", module], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert says in done.stdout

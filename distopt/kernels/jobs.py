@@ -11,18 +11,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Coding:
-    """One state of a tensor as it is stored: codes, flat; a scale per tile, or None; and, where ranks have to agree on
-    scales, `agreed` (tiles,): the kernel's scales are at least that, and when it only looks it writes its maxima there."""
+    """One state of a tensor as it is stored: codes, flat; a scale per tile, or None; where ranks have to agree on scales,
+    `agreed` (tiles,): the kernel's scales are at least that, and when it only looks it writes its maxima there; `key`, what
+    stochastic rounding starts from."""
 
     codes: Tensor
     scales: Tensor | None
     agreed: Tensor | None = None
+    key: int = 0
 
 
 @dataclass(frozen=True)
 class Job:
     """One tensor to step: flat `weight` and `grad`; `starts` (tiles + 1,) int64, where tiles begin, or None where all have
-    BLOCK elements; the number of `tiles`; what `weight` lacks of fp32, or None; its states, in the order of the rule's."""
+    BLOCK elements; the number of `tiles`; what `weight` lacks of fp32, or None; its states, in the order of the rule's; the
+    `numbers` (tiles,) int64 of the first elements of tiles in the group, where rounding is stochastic."""
 
     weight: Tensor
     grad: Tensor
@@ -30,13 +33,15 @@ class Job:
     tiles: int
     rest: Tensor | None
     states: tuple[Coding, ...]
+    numbers: Tensor | None = None
 
 
 CodedKernel = Callable[[list[Job], tuple[float, ...], bool], None]
 """Steps jobs with a rule's scalars; with True, only looks at the maxima of tiles."""
 
-WIDTH = 12
-"""Columns of the table: weight, grad, starts, tiles, elements, then codes, scales, agreed of each of two states, rest."""
+WIDTH = 16
+"""Columns of the table: 0 weight, 1 grad, 2 starts, 3 tiles, 4 elements; 5 codes, 6 scales, 7 agreed of the first state, 8 to 10
+of the second; 11 rest, 12 numbers, 13 and 14 the keys of the states."""
 
 
 def table(jobs: list[Job]) -> Tensor:
@@ -46,8 +51,9 @@ def table(jobs: list[Job]) -> Tensor:
         row = [job.weight.data_ptr(), job.grad.data_ptr(), _address(job.starts), job.tiles, job.weight.numel()]
         for state in job.states:
             row += [state.codes.data_ptr(), _address(state.scales), _address(state.agreed)]
-        row += [0] * (WIDTH - 1 - len(row))
-        rows.append([*row, _address(job.rest)])
+        row += [0] * (11 - len(row))
+        keys = [state.key for state in job.states]
+        rows.append([*row, _address(job.rest), _address(job.numbers), *keys, *[0] * (3 - len(keys))])
     return torch.tensor(rows, dtype=torch.int64)
 
 

@@ -115,7 +115,7 @@ struct Job {
     const int64_t* starts;
     int64_t tiles, numel;
     State a, b;
-    void* rest;  // of weights of lower precision, which are not stepped here
+    int64_t others[5];  // of what is not stepped here: weights of lower precision, stochastic rounding
 };
 
 template <class C>

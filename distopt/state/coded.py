@@ -73,6 +73,11 @@ class Coded:
             self.write(torch.full((tiles.numel,), fill, device=device), None, Key(0, 0, ""))
 
     @property
+    def firsts(self) -> Tensor | None:
+        """The number of each tile's first element in the group, where rounding is stochastic."""
+        return self._starts
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.stored.nbytes + self.scales.nbytes

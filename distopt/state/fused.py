@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -17,30 +18,40 @@ from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
 from distopt.state.codecs.base import FLOOR, Codec
 from distopt.state.coded import Agreed, Coded
+from distopt.state.noise import Key
 from distopt.state.units import Section, Unit
 
 
 class Fused:
     """Kernels for the units of one step of a group."""
 
-    def __init__(self, rule: Rule, h: Any, grads: dict[int, Tensor], inert: set[int]) -> None:
-        self.told, self.grads, self.inert = told(rule, h), grads, inert
+    def __init__(
+        self, rule: Rule, h: Any, grads: dict[int, Tensor], inert: set[int], keys: Callable[[str], Key]
+    ) -> None:
+        self.told, self.grads, self.inert, self.keys = told(rule, h), grads, inert, keys
         self.weights: dict[int, Tensor] = {}
 
     def find(self, unit: Unit) -> CodedKernel | None:
         """The kernel for the rule and this unit's states, if there is one."""
-        if self.told is None or unit.stores.keys() != set(self.told.states) or unit.rest is not None:
+        if self.told is None or unit.stores.keys() != set(self.told.states):
             return None
-        tensors = [unit.windows[0].param, *(self.grads[i] for i in unit.members)]
-        if any(tensor.is_cuda or tensor.dtype != torch.float32 for tensor in tensors):
+        codecs = tuple(unit.stores[name].codec for name in self.told.states)
+        weight, grads = unit.windows[0].param.dtype, {self.grads[i].dtype for i in unit.members}
+        rest = unit.master.dtype if unit.master is not None else None
+        if len(grads) > 1:
             return None
-        return _native(self.told.name, tuple(unit.stores[name].codec for name in self.told.states))
+        [grad] = grads
+        if unit.windows[0].param.is_cuda:
+            return _triton(self.told.name, codecs, weight, rest, grad)
+        if weight != torch.float32 or grad != torch.float32:
+            return None
+        return _native(self.told.name, codecs)
 
     def look(self, kernel: CodedKernel, unit: Unit, section: Section) -> dict[str, Tensor]:
         """The new maxima of the tiles of a section that an edge of a shard cuts, by state."""
         maxima = {name: self._zeros(section) for name, slots in unit.slots.items() if slots}
         self._run(kernel, unit, section, maxima, look=True)
-        cuts = torch.from_numpy(unit.tiles.cuts[section.cuts] - section.tiles.start)
+        cuts = torch.from_numpy(unit.tiles.cuts[section.cuts] - section.tiles.start).to(self._device(section))
         return {name: found[cuts] for name, found in maxima.items()}
 
     def step(self, kernel: CodedKernel, unit: Unit, section: Section, known: dict[str, Agreed]) -> None:
@@ -48,16 +59,19 @@ class Fused:
         scales = {}
         for name, agreed in known.items():
             scales[name] = self._zeros(section)
-            scales[name][torch.from_numpy(agreed.cuts)] = agreed.maxima
+            scales[name][torch.from_numpy(agreed.cuts).to(agreed.maxima.device)] = agreed.maxima
         self._run(kernel, unit, section, scales, look=False)
 
     def _zeros(self, section: Section) -> Tensor:
-        return torch.zeros(section.tiles.stop - section.tiles.start)
+        return torch.zeros(section.tiles.stop - section.tiles.start, device=self._device(section))
+
+    def _device(self, section: Section) -> torch.device:
+        return next(iter(section.stores.values())).stored.device
 
     def _run(self, kernel: CodedKernel, unit: Unit, section: Section, scales: dict[str, Tensor], *, look: bool) -> None:
         """Hand over the members that step, as far as they lie in the section."""
         assert self.told is not None
-        starts = _tile_starts(section.shape)
+        starts = _tile_starts(section.shape, self._device(section))
         jobs = []
         for number, window in zip(unit.members, unit.windows):
             whole = unit.parts[number]
@@ -69,12 +83,14 @@ class Fused:
             mine = slice(here.start - whole.start, here.stop - whole.start)
             tiles = slice(tiles.start - section.tiles.start, tiles.stop - section.tiles.start)
             states = tuple(
-                _coding(section.stores[name], section.within(here), tiles, scales.get(name))
+                _coding(section.stores[name], section.within(here), tiles, scales.get(name), self.keys(name).start)
                 for name in self.told.states
             )
             at = None if starts is None else starts[tiles.start :]
             weight, grad = self.weights[number][mine], self.grads[number][mine]
-            jobs.append(Job(weight, grad, at, tiles.stop - tiles.start, None, states))
+            rest = None if section.rest is None else section.rest[section.within(here)]
+            numbers = _numbers(section, tiles)
+            jobs.append(Job(weight, grad, at, tiles.stop - tiles.start, rest, states, numbers))
         kernel(jobs, self.told.scalars, look)
 
 
@@ -82,17 +98,39 @@ def _common(a: slice, b: slice) -> slice:
     return slice(max(a.start, b.start), min(a.stop, b.stop))
 
 
-def _coding(store: Coded, part: slice, tiles: slice, agreed: Tensor | None) -> Coding:
+def _coding(store: Coded, part: slice, tiles: slice, agreed: Tensor | None, key: int) -> Coding:
     scales = store.scales[tiles] if store.codec.scaled else None
-    return Coding(store.stored[part], scales, None if agreed is None else agreed[tiles])
+    return Coding(store.stored[part], scales, None if agreed is None else agreed[tiles], key)
+
+
+def _numbers(section: Section, tiles: slice) -> Tensor | None:
+    """The numbers of the first elements of these tiles, where a codec rounds stochastically."""
+    found = (store.firsts for store in section.stores.values())
+    return next((firsts[tiles] for firsts in found if firsts is not None), None)
 
 
 @lru_cache(maxsize=4096)
-def _tile_starts(tiles: Tiles) -> Tensor | None:
+def _tile_starts(tiles: Tiles, device: torch.device) -> Tensor | None:
     """Where tiles begin among the elements, and where the last one ends; None where all have BLOCK elements."""
     if tiles.lengths is None:
         return None
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(tiles.lengths, dtype=np.int64)]))
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(tiles.lengths, dtype=np.int64)])).to(device)
+
+
+def _triton(
+    name: str, codecs: tuple[Codec, ...], weight: torch.dtype, rest: torch.dtype | None, grad: torch.dtype
+) -> CodedKernel | None:
+    """The Triton kernel for these, if all its parts are written."""
+    from distopt.kernels import (
+        triton_step,  # importing Triton takes a second, and it is there only where there is a GPU
+    )
+
+    kinds = tuple((type(codec).__name__, codec.signed) for codec in codecs)
+    weight_name, rest_name, grad_name = (
+        None if t is None else str(t).removeprefix("torch.") for t in (weight, rest, grad)
+    )
+    assert weight_name is not None and grad_name is not None
+    return triton_step.find(name, kinds, weight_name, rest_name, grad_name)
 
 
 @cache

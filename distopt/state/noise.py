@@ -19,10 +19,14 @@ class Key:
     step: int
     state: str
 
+    @property
+    def start(self) -> int:
+        """What the counter starts from, as int64."""
+        return _signed(_mix(_mix(self.seed) ^ self.step) ^ zlib.crc32(self.state.encode()))
+
     def bits(self, elements: Tensor) -> Tensor:
         """16 random bits per element number (int64), as int32."""
-        start = _mix(_mix(self.seed) ^ self.step) ^ zlib.crc32(self.state.encode())
-        x = elements * GOLDEN + _signed(start)
+        x = elements * GOLDEN + self.start
         x = (x ^ (x >> 30 & (1 << 34) - 1)) * FIRST
         x = (x ^ (x >> 27 & (1 << 37) - 1)) * SECOND
         return (x >> 48 & 0xFFFF).int()

@@ -1,0 +1,179 @@
+"""The step of elementwise rules on a GPU: one launch over a table of tensors.
+
+Each program takes some tiles of one tensor: loads, decodes, scales the gradient by a coefficient in device memory, steps,
+encodes with the scales of the tiles, stores. One driver for all: the rule, the codecs of its states and the storage of weights
+are functions that it is compiled with, so that rules and codecs add up and do not multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distopt.kernels.jobs import WIDTH, CodedKernel, Job, table
+from distopt.kernels.triton_codecs import CODECS, FLOOR, WEIGHTS, random_bits, widen
+from distopt.kernels.triton_rules import RULES
+from distopt.plan.tiles import BLOCK
+
+TILES = 8
+"""Tiles per program: 1,024 elements, 8 per thread."""
+
+
+@triton.jit
+def _pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.load(row + COLUMN).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def _load_state(row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE: tl.constexpr, DECODE: tl.constexpr,
+                SCALED: tl.constexpr):  # fmt: skip
+    code = tl.load(_pointer(row, COLUMN, DTYPE) + index, mask=mask, other=0)
+    if SCALED:
+        scale = tl.load(_pointer(row, COLUMN + 1, tl.float32) + tile, mask=inside, other=0.0)
+        return DECODE(code, scale[:, None])
+    else:
+        return DECODE(code, 0.0)
+
+
+@triton.jit
+def _store_state(x, row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ENCODE: tl.constexpr,
+                 SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, AGREED: tl.constexpr, LOOK: tl.constexpr,
+                 KEY: tl.constexpr, FIRSTS: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+    scale = tl.zeros_like(tile).to(tl.float32)
+    if SCALED:
+        largest = tl.max(tl.where(mask, tl.abs(x), 0.0), axis=1)
+        if LOOK:
+            tl.store(_pointer(row, COLUMN + 2, tl.float32) + tile, largest, mask=inside)
+        scale = tl.maximum(largest, FLOOR)
+        if AGREED:
+            scale = tl.maximum(scale, tl.load(_pointer(row, COLUMN + 2, tl.float32) + tile, mask=inside, other=0.0))
+        if not LOOK:
+            tl.store(_pointer(row, COLUMN + 1, tl.float32) + tile, scale, mask=inside)
+    if not LOOK:
+        noise = tl.zeros_like(index).to(tl.int32)
+        if STOCHASTIC:
+            firsts = tl.load(_pointer(row, FIRSTS, tl.int64) + tile, mask=inside, other=0)
+            noise = random_bits(firsts[:, None] + tl.arange(0, SPAN)[None, :], tl.load(row + KEY))
+        tl.store(_pointer(row, COLUMN, DTYPE) + index, ENCODE(x, scale[:, None], noise), mask=mask)
+
+
+@triton.jit
+def step_kernel(rows, programs, coefficient, s0, s1, s2, s3, s4, s5, s6,
+                RULE: tl.constexpr, STATES: tl.constexpr,
+                WEIGHT: tl.constexpr, REST: tl.constexpr, JOIN: tl.constexpr, SPLIT: tl.constexpr, GRAD: tl.constexpr,
+                CODE_A: tl.constexpr, DECODE_A: tl.constexpr, ENCODE_A: tl.constexpr, SCALED_A: tl.constexpr,
+                STOCHASTIC_A: tl.constexpr,
+                CODE_B: tl.constexpr, DECODE_B: tl.constexpr, ENCODE_B: tl.constexpr, SCALED_B: tl.constexpr,
+                STOCHASTIC_B: tl.constexpr,
+                RAGGED: tl.constexpr, AGREED: tl.constexpr, LOOK: tl.constexpr,
+                COLUMNS: tl.constexpr, COUNT: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+    """See the module; COLUMNS is the width of a row, COUNT the tiles of a program, SPAN the elements of a tile."""
+    program = tl.program_id(0)
+    row = rows + tl.load(programs + 2 * program).to(tl.int64) * COLUMNS
+    tile = tl.load(programs + 2 * program + 1) + tl.arange(0, COUNT)
+    inside = tile < tl.load(row + 3)
+    if RAGGED:
+        starts = _pointer(row, 2, tl.int64)
+        origin = tl.load(starts)
+        start = tl.load(starts + tile, mask=inside, other=0) - origin
+        stop = tl.load(starts + tile + 1, mask=inside, other=0) - origin
+    else:
+        start = tile.to(tl.int64) * SPAN
+        stop = start + SPAN
+    index = start[:, None] + tl.arange(0, SPAN)[None, :]
+    mask = inside[:, None] & (index < stop[:, None])
+
+    param = tl.load(_pointer(row, 0, WEIGHT) + index, mask=mask, other=0)
+    rest = param
+    if REST is not None:
+        rest = tl.load(_pointer(row, 11, REST) + index, mask=mask, other=0)
+    w = JOIN(param, rest)
+    g = tl.load(_pointer(row, 1, GRAD) + index, mask=mask, other=0)
+    if tl.int16 == GRAD:
+        g = widen(g)
+    g = g * tl.load(coefficient)
+
+    a = _load_state(row, index, tile, mask, inside, 5, CODE_A, DECODE_A, SCALED_A)
+    b = a
+    if STATES > 1:
+        b = _load_state(row, index, tile, mask, inside, 8, CODE_B, DECODE_B, SCALED_B)
+    w, a, b = RULE(w, g, a, b, s0, s1, s2, s3, s4, s5, s6)
+    _store_state(a, row, index, tile, mask, inside, 5, CODE_A, ENCODE_A, SCALED_A, STOCHASTIC_A, AGREED, LOOK, 13, 12,
+                 SPAN)  # fmt: skip
+    if STATES > 1:
+        _store_state(b, row, index, tile, mask, inside, 8, CODE_B, ENCODE_B, SCALED_B, STOCHASTIC_B, AGREED, LOOK, 14,
+                     12, SPAN)  # fmt: skip
+    if not LOOK:
+        param, rest = SPLIT(w)
+        tl.store(_pointer(row, 0, WEIGHT) + index, param, mask=mask)
+        if REST is not None:
+            tl.store(_pointer(row, 11, REST) + index, rest.to(REST), mask=mask)
+
+
+def options(
+    rule: str, codecs: Sequence[tuple[str, bool]], weight: str, rest: str | None, grad: str
+) -> dict[str, Any] | None:
+    """What the driver is compiled with for a rule, the codecs of its states (class, signed), and the dtypes of weights, of
+    what they lack of fp32 and of gradients; None where there is a part that is not written in Triton."""
+    states, stored = [CODECS.get(codec) for codec in codecs], WEIGHTS.get((weight, rest))
+    grads = {"float32": tl.float32, "bfloat16": tl.int16}.get(grad)
+    if rule not in RULES or None in states or stored is None or grads is None:
+        return None
+    found: dict[str, Any] = {"RULE": RULES[rule], "STATES": len(states), "GRAD": grads}
+    found |= {"WEIGHT": stored.dtype, "REST": stored.rest, "JOIN": stored.join, "SPLIT": stored.split}
+    for letter, codec in zip("AB", (states * 2)[:2]):
+        assert codec is not None
+        found |= {f"CODE_{letter}": codec.dtype, f"DECODE_{letter}": codec.decode, f"ENCODE_{letter}": codec.encode}
+        found |= {f"SCALED_{letter}": codec.scaled, f"STOCHASTIC_{letter}": codec.stochastic}
+    return found | {"COLUMNS": WIDTH, "COUNT": TILES, "SPAN": BLOCK}
+
+
+@lru_cache(maxsize=1024)
+def find(
+    rule: str, codecs: tuple[tuple[str, bool], ...], weight: str, rest: str | None, grad: str
+) -> CodedKernel | None:
+    """The kernel for what `options` describes, if there is one."""
+    chosen = options(rule, codecs, weight, rest, grad)
+    if chosen is None:
+        return None
+
+    def launch(jobs: list[Job], scalars: tuple[float, ...], look: bool) -> None:
+        for ragged in (False, True):
+            alike = [job for job in jobs if (job.starts is not None) == ragged and job.tiles]
+            if alike:
+                device = alike[0].weight.device
+                programs = _programs(tuple(job.tiles for job in alike), device)
+                agreed = any(state.agreed is not None for job in alike for state in job.states)
+                step_kernel[(len(programs),)](
+                    _to(table(alike), device), programs, _one(device), *scalars, *[0.0] * (7 - len(scalars)), **chosen,
+                    RAGGED=ragged, AGREED=agreed and not look, LOOK=look, num_warps=4, enable_fp_fusion=False,
+                )  # fmt: skip
+
+    return launch
+
+
+@lru_cache(maxsize=256)
+def _programs(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """(job, first tile) of every program."""
+    parts = [
+        np.stack(np.broadcast_arrays(np.int32(job), np.arange(0, count, TILES, dtype=np.int32)), axis=1)
+        for job, count in enumerate(counts)
+    ]
+    return torch.from_numpy(np.concatenate(parts)).to(device)
+
+
+@lru_cache(maxsize=16)
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
+def _to(rows: Tensor, device: torch.device) -> Tensor:
+    """The rows on the device, without waiting for it."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows

@@ -1,0 +1,56 @@
+"""Every Triton kernel compiled for sm_80 and sm_90, without a GPU; run by test_kernels.py.
+
+python -m tests.ahead_of_time
+"""
+
+from itertools import product
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from distopt.kernels import triton_step
+from distopt.kernels.triton_codecs import CODECS, WEIGHTS
+
+ARCHITECTURES = (80, 90)
+
+
+def compile_for(architecture: int, kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> None:
+    """Compile a kernel; there must be machine code."""
+    types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    source = ASTSource(kernel, types, constants)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 4, "enable_fp_fusion": False}
+    )
+    assert f".target sm_{architecture}" in compiled.asm["ptx"]
+    assert compiled.asm["cubin"]
+
+
+def steps() -> list[dict[str, Any]]:
+    """What the driver is compiled with: every rule, codec and storage of weights, not every combination."""
+    flags = {"RAGGED": False, "AGREED": False, "LOOK": False}
+    plain = [(rule, "Int8", ("float32", None)) for rule in triton_step.RULES]
+    coded = [("AdamW", codec, ("float32", None)) for codec in sorted({name for name, _ in CODECS} - {"Int8"})]
+    stored = [("AdamW", "Int8", weight) for weight in WEIGHTS if weight[0] != "float32"]
+    found = []
+    for rule, codec, (weight, rest) in plain + coded + stored:
+        states = ((codec, True), (codec, False)) if rule == "AdamW" else ((codec, True),)
+        options = triton_step.options(rule, states, weight, rest, weight)
+        assert options is not None
+        found.append(options | flags)
+    return [*found, found[0] | {"RAGGED": True, "AGREED": True}, found[0] | {"RAGGED": True, "LOOK": True}]
+
+
+def main() -> None:
+    """Compile everything."""
+    scalars = {f"s{i}": "fp32" for i in range(7)}
+    signature = {"rows": "*i64", "programs": "*i32", "coefficient": "*fp32", **scalars}
+    variants = steps()
+    for architecture, constants in product(ARCHITECTURES, variants):
+        compile_for(architecture, triton_step.step_kernel, signature, constants)
+    print(f"{len(variants)} steps compiled for {ARCHITECTURES}")
+
+
+if __name__ == "__main__":
+    main()

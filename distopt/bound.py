@@ -84,7 +84,7 @@ class Bound:
 
         rules = [group_rule(group) for group in groups]
         self._stored = [
-            {name: group[name] for name in (*STORAGE_OPTIONS, "strategy", "wire_dtype")} for group in groups
+            {name: group[name] for name in (*STORAGE_OPTIONS, "packed", "strategy", "wire_dtype")} for group in groups
         ]
         self._readings = _readings(groups)
         agree(self._beliefs(rules, layouts, engine), self.union, self.rank, self.device)
@@ -97,7 +97,7 @@ class Bound:
                 Spec(self.names[i], layouts[i], layouts[i].ranks.index(self.rank), self.params[i].element_size())
                 for i in range(start, stop)
             )
-            planned = planned_group(group, specs, replicas, gpu=self.device.type != "cpu")
+            planned = planned_group(group, specs, replicas, gpu=self.device.type != "cpu", rates=engine["rates"])
             plan = plan_group(planned, self.rank)
             self.plans.append(plan)
             windows = [make_window(param, spec) for param, spec in zip(self.params[start:stop], plan.specs)]
@@ -401,7 +401,7 @@ class Bound:
                 raise ValueError(f"{name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it")
         for i, (group, stored, plan) in enumerate(zip(groups, self._stored, self.plans)):
             plan.storage.seed = group["rounding_seed"]
-            if any(group[name] != value for name, value in stored.items() if name.endswith("codec")):
+            if any(group[name] != value for name, value in stored.items() if name.endswith(("codec", "packed"))):
                 raise ValueError(
                     f"group {i}: how states are stored was changed after bind (from {stored}); load the state dict into an "
                     "optimizer that was built so"

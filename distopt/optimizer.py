@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import cache
 from inspect import Parameter, Signature
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from distopt.layouts import global_shape, reshard
 from distopt.names import parameter_names, strip_groups, strip_prefixes
 from distopt.observation import observe
 from distopt.plan.build import WIRE, check_served
+from distopt.plan.cost import load_rates
 from distopt.plan.report import PlanReport
 from distopt.plan.strategies import check_strategy
 from distopt.rule import require
@@ -35,8 +37,10 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "process_group": None,
     "norm_group": None,
     "maximize": False,
+    "rates": None,
 }
-GROUP_OPTIONS: dict[str, Any] = {**STORAGE_OPTIONS, "split": None, "strategy": "auto", "wire_dtype": "fp32"}
+OWN_OPTIONS: dict[str, Any] = {"packed": False, "split": None, "strategy": "auto", "wire_dtype": "fp32"}
+GROUP_OPTIONS: dict[str, Any] = {**STORAGE_OPTIONS, **OWN_OPTIONS}
 """Options of a group beside its rule's."""
 TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused")
 BOOKKEEPING = {"params", "param_names", "rule", "initial_lr", "train_mode"}
@@ -61,6 +65,8 @@ class Optimizer(torch.optim.Optimizer):
             these parameters: one rank (or one set of shards) per pipeline stage. Replicas of plain parameters (DDP)
             among them would be counted each; give process_group= as well, or a group without them.
         maximize: ascend.
+        rates: of this machine, for the choice of strategies: the file that `distopt calibrate` wrote (the same on every
+            rank), "h100" or "cpu". By default those of the device.
 
     Keyword-only options of each group, whose value here is the default:
         state_codec: how states are stored: "fp32", "bf16" (rounded to nearest), "bf16_sr" (stochastically), "int8", "fp8"
@@ -70,6 +76,8 @@ class Optimizer(torch.optim.Optimizer):
         master_codec: what is kept of fp32 weights beside bfloat16 and float16 parameters: "fp32" (a copy), "bits16" (2 bytes:
             with bfloat16 the same weights, bit for bit), "bits8" (1 byte: 24 bits of each weight), or, as torch does,
             "none": then updates below half an ulp of a parameter are lost. See `master_state_dict`.
+        packed: store half of each symmetric state (factors, Gram matrices, roots) of 1,024 elements or more, in its codec;
+            state dicts hold all of it.
         rounding_seed: of stochastic rounding, whose random bits depend on it, the step, the state and the element.
         strategy: where matrices that no rank holds whole are computed. "auto" lets a cost model choose; "owner" (each by
             one rank), "gather" (by every rank), "gram" (by all that hold some of it, which sum Gram matrices: rounding
@@ -108,6 +116,8 @@ class Optimizer(torch.optim.Optimizer):
         require(
             limit is None or (math.isfinite(limit) and limit > 0), f"max_grad_norm must be > 0 or None, got {limit}"
         )
+        if isinstance(engine["rates"], str | Path):
+            engine["rates"] = load_rates(str(engine["rates"]))
         self.engine = _Engine(engine)
         self.last_grad_norm: float | None = None
         self.skipped_steps = 0
@@ -167,7 +177,10 @@ class Optimizer(torch.optim.Optimizer):
             shared: dict[str, Any] = {
                 key: self.defaults[key] for key in ("lr", "weight_decay") if key in allowed and key in self.defaults
             }
-            group = {**_defaults(name), "split": None, "strategy": "auto", "wire_dtype": "fp32", **shared, **group}
+            own = dict(OWN_OPTIONS)
+            if isinstance(self.defaults["state_codec"], Mapping):  # of the other rule's states
+                own["state_codec"] = GROUP_OPTIONS["state_codec"]
+            group = {**_defaults(name), **own, **shared, **group}
         if rule_class(name).modes:
             group.setdefault("train_mode", True)
         before = self.defaults

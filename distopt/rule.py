@@ -126,6 +126,8 @@ class State:
 
     fill: what it starts as; "weight" (of a "like" state): as the weights.
 
+    symmetric: of an "owner" state that is a symmetric matrix, up to rounding: half of it may be stored.
+
     signed: False for what is never negative, such as a mean of squares: stored in few bits, it keeps small values from
     becoming zero.
 
@@ -137,6 +139,7 @@ class State:
     fill: float | Literal["weight"] = 0.0
     limit: float | None = None
     signed: bool = True
+    symmetric: bool = False
 
 
 class StateView:

@@ -140,7 +140,10 @@ def plan_model(
         rule_name = group.get("rule", name)
         check_options(rule_name, group.keys() - {"params", "rule"})
         defaults = {**{f.name: f.default for f in fields(rule_class(rule_name))}, **STORAGE_OPTIONS, **GROUP_OPTIONS}
-        shared = {key: value for key, value in own.items() if rule_name == name or key in STORAGE_OPTIONS}
+        # As groups of an optimizer are made: a dict of codecs names states of the optimizer's own rule.
+        shared = {
+            k: v for k, v in own.items() if rule_name == name or (k in STORAGE_OPTIONS and not isinstance(v, dict))
+        }
         complete = {**defaults, **shared, **group, "rule": rule_name}
         specs = []
         for key, param in group["params"]:

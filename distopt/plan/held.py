@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from distopt.layouts.base import Layout, Plain
-from distopt.plan.build import Bucket, GroupPlan, Stack
-from distopt.plan.tiles import Tiles, coded_bytes, join_tiles, local_tiles, shared_tiles, whole_tiles
+from distopt.plan.build import Bucket, Entry, GroupPlan, Stack
+from distopt.plan.tiles import BLOCK, Tiles, coded_bytes, join_tiles, local_tiles, shared_tiles, whole_tiles
 from distopt.rule import Shape, State
 
 Home = tuple[Layout, int]
@@ -24,12 +26,12 @@ def state_bytes(plan: GroupPlan) -> tuple[int, int]:
     held = rests[0] + _lying_bytes(plan, here)
     for bucket in plan.buckets:
         held += sum(_stack_bytes(plan, bucket, stack) for stack in bucket.stacks)
-        held += sum(len(owned.entries) * _owner_bytes(plan, owned.shape) for owned in bucket.owned)
+        held += sum(len(owned.entries) * owner_bytes(plan, owned.shape) for owned in bucket.owned)
     total = rests[1] + _lying_bytes(plan, whole)
     for shape, count in (item for shapes in _matrices(plan) for item in Counter(shapes).items()):
         size = {"row": shape.rows, "col": shape.cols, "matrix": 1}
         statistics = sum(4 * size.get(state.kind, 0) for state in plan.rule.states(shape).values())
-        total += count * (statistics + _owner_bytes(plan, shape))
+        total += count * (statistics + owner_bytes(plan, shape))
     return held, total
 
 
@@ -89,13 +91,25 @@ def _stack_bytes(plan: GroupPlan, bucket: Bucket, stack: Stack) -> int:
     k, rows, cols = stack.size
     size = {"row": rows, "col": cols, "matrix": 1}
     statistics = sum(4 * size.get(state.kind, 0) for state in plan.rule.states(stack.shape).values())
-    return k * (statistics + (0 if bucket.exchanged else _owner_bytes(plan, stack.shape)))
+    return k * (statistics + (0 if bucket.exchanged else owner_bytes(plan, stack.shape)))
 
 
-def _owner_bytes(plan: GroupPlan, shape: Shape) -> int:
+def owner_bytes(plan: GroupPlan, shape: Shape) -> int:
     """Of what lives with the owner of one matrix."""
-    states = plan.rule.states(shape).items()
-    return sum(_bytes(plan, n, s, (), whole_tiles(*s.shape)) for n, s in states if s.kind == "owner")
+    states = ((name, state) for name, state in plan.rule.states(shape).items() if state.kind == "owner")
+    return sum(_bytes(plan, n, s, (), whole_tiles(*plan.storage.extent(s))) for n, s in states)
+
+
+def lying_bytes(plan: GroupPlan, entry: Entry, counts: dict[str, np.ndarray]) -> np.ndarray:
+    """Of what lies where a matrix does, from the elements of each kind of state on each rank; of tiles that an edge cuts,
+    the scale is shared out."""
+    shape, found = entry.geometry.layout.shape, np.zeros(len(counts["like"]))
+    for name, state in plan.rule.states(entry.shape).items():
+        if state.kind in counts:
+            codec = plan.storage.codec(name, state, shape)
+            each = codec.bits / 8 + (4 / BLOCK if codec.scaled else 0) if codec else 4
+            found += each * counts[state.kind]
+    return found
 
 
 def _numel(home: Home) -> int:

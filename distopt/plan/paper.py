@@ -22,7 +22,7 @@ from distopt.plan.build import BUCKET_BYTES, IN_FLIGHT, Bucket, Entry, GroupPlan
 from distopt.plan.cost import Rates
 from distopt.plan.fields import fields_of
 from distopt.plan.geometry import Geometry, geometry_of, logical_of
-from distopt.plan.held import agreement_bytes, state_bytes
+from distopt.plan.held import agreement_bytes, lying_bytes, owner_bytes, state_bytes
 from distopt.plan.report import asked_bytes, ordinary_rounds, travelling_elements
 from distopt.plan.strategies import sides, slice_work
 from distopt.plan.trace import Footprint, footprint, trace
@@ -208,21 +208,18 @@ def _add_elementwise(loads: Loads, plan: GroupPlan, mesh: Mesh, rates: Rates) ->
 def _add_entry(loads: Loads, plan: GroupPlan, entry: Entry, where: np.ndarray, rates: Rates) -> None:
     """States, computation and memory traffic of one matrix. `where` maps ranks to positions in its domain, which stand
     in ascending order, as those of layouts on a mesh do."""
-    declared = plan.rule.states(entry.shape).values()
-    extents = _extents(entry.geometry)
-    here = extents["like"][entry.matrix]
-    held = sum((extents[s.kind][entry.matrix] for s in declared if s.kind in extents), np.zeros(len(here)))
-    owned = sum(s.shape[0] * s.shape[1] for s in declared if s.kind == "owner")
-    moved = 8 * held + 3 * plan.specs[entry.param].itemsize * here
+    counts = {kind: found[entry.matrix] for kind, found in _extents(entry.geometry).items()}
+    held, owned = lying_bytes(plan, entry, counts), owner_bytes(plan, entry.shape)
+    moved = 2 * held + 3 * plan.specs[entry.param].itemsize * counts["like"]
     loads.matrices += 1
     loads.elements += entry.shape.numel
-    loads.state = loads.state + 4 * held[where]
+    loads.state = loads.state + held[where]
     loads.memory = loads.memory + rates.memory_seconds(1) * moved[where]
     short, long = sides(entry.shape)
     for home in entry.homes:
         own = where == home.rank
-        loads.state = loads.state + 4 * owned * own
-        loads.memory = loads.memory + rates.memory_seconds(8 * owned) * own
+        loads.state = loads.state + owned * own
+        loads.memory = loads.memory + rates.memory_seconds(2 * owned) * own
         if home.stop - home.start == long:
             loads.flops = loads.flops + sum(share * trace.flops for _, share, trace in plan.traces(entry.shape)) * own
             loads.compute = loads.compute + _by_step(plan, entry, rates)[:, None] * own

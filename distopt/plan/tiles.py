@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from distopt.layouts.base import Layout
+from distopt.matrix.triangle import packed_rows
 from distopt.plan.geometry import row_dims_of
 from distopt.rule import State
 
@@ -35,11 +36,13 @@ faster than whole tensors at 30M elements); on a GPU they fill it, and no copy o
 class Storage:
     """How the states of a group are stored: the codec of signed states and of others, by name ("" for the rest; none:
     fp32 all of them), the seed of
-    stochastic rounding, and what keeps the rest of fp32 weights beside parameters of lower precision."""
+    stochastic rounding, what keeps the rest of fp32 weights beside parameters of lower precision, and, where half of
+    symmetric states is stored, the codec of those that have no other one."""
 
     codecs: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     seed: int = 0
     master: Any = None
+    packing: Any = None
 
     def codec(self, name: str, state: State, shape: tuple[int, ...]) -> Any:
         """The codec of a state of a parameter of this global shape; None: fp32. Statistics, which are few, stay fp32, and
@@ -47,8 +50,17 @@ class Storage:
         found = self.codecs.get(name, self.codecs.get(""))
         size = {"like": prod(shape), "owner": prod(state.shape)}
         if found is None or state.fill == "weight" or size.get(state.kind, 0) < LEAST:
-            return None
+            return self.packing if self.packs(state) else None
         return found[0 if state.signed else 1]
+
+    def packs(self, state: State) -> bool:
+        """Whether half of this state is stored."""
+        return self.packing is not None and state.symmetric and prod(state.shape) >= LEAST
+
+    def extent(self, state: State) -> tuple[int, int]:
+        """(rows, cols) that are stored of a state that lives with the owner of a matrix."""
+        rows, cols = state.shape
+        return (packed_rows(rows) if self.packs(state) else rows, cols)
 
     def coded(self, states: Mapping[str, State], shape: tuple[int, ...], itemsize: int) -> bool:
         """Whether a parameter of this shape, with elements of so many bytes, has any state that is not fp32."""

@@ -54,7 +54,8 @@ class KLShampoo(TwoSided):
         for side, size in (("left", shape.rows), ("right", shape.cols)):
             states[f"eigenvalues_{side}"] = State("owner", (size, 1), fill=self.init_factor, signed=False)
             if size <= self.max_precond_dim:
-                states[f"factor_{side}"] = states[f"basis_{side}"] = State("owner", (size, size))
+                states[f"factor_{side}"] = State("owner", (size, size), symmetric=True)
+                states[f"basis_{side}"] = State("owner", (size, size))
         return states | self.failures(shape)
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:

@@ -63,7 +63,8 @@ class Shampoo(TwoSided):
         if self.grafting != "sgd" and (self.grafting or not self.sides(shape)):
             states["exp_avg_sq"] = replace(moment, signed=False)
         kept = ("factor", "root", "basis") if self.root == "qr" else ("factor", "root")
-        states |= {f"{name}_{s}": State("owner", (n, n)) for s, n in self.sides(shape).items() for name in kept}
+        for side, n in self.sides(shape).items():
+            states |= {f"{name}_{side}": State("owner", (n, n), symmetric=name != "basis") for name in kept}
         return states | self.failures(shape)
 
     def scalars(self, step: int) -> dict[str, Any]:

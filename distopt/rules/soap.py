@@ -56,7 +56,8 @@ class SOAP(TwoSided):
         whole = (shape.rows, shape.cols)
         states = {"exp_avg": State("owner", whole), "exp_avg_sq": State("owner", whole, signed=False)}
         for side, size in self.sides(shape).items():
-            states[f"gram_{side}"] = states[f"basis_{side}"] = State("owner", (size, size))
+            states[f"gram_{side}"] = State("owner", (size, size), symmetric=True)
+            states[f"basis_{side}"] = State("owner", (size, size))
         return states | self.failures(shape)
 
     def scalars(self, step: int) -> dict[str, Any]:

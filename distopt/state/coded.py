@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.comm.groups import Domain
+from distopt.matrix.triangle import pack, unpack
 from distopt.plan.tiles import BLOCK, CHUNK, GPU_CHUNK, Tiles
 from distopt.state.codecs.base import FLOOR, Codec
 from distopt.state.noise import Key
@@ -165,6 +166,17 @@ class Coded:
         shifted = starts - lengths.cumsum(0) + lengths
         elements = shifted.repeat_interleave(lengths, output_size=numel)
         return key.bits(elements + torch.arange(numel, device=starts.device))
+
+
+class Packed(Coded):
+    """A symmetric matrix, of which half is stored; `shape` is that of the whole."""
+
+    def read(self) -> Tensor:
+        half = super().read()
+        return unpack(half.view(1, -1, self.shape[-1])).view(-1)
+
+    def write(self, values: Tensor, agreed: Agreed | None, key: Key) -> None:
+        super().write(pack(values.view(1, *self.shape)).view(-1), agreed, key)
 
 
 def agree(

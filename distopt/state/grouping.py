@@ -6,12 +6,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distopt.plan.build import WIRE, Group, Spec
+from distopt.plan.cost import Rates
 from distopt.rules import group_rule
 from distopt.state.codecs import group_storage
 
 
 def planned_group(
-    options: Mapping[str, Any], specs: Iterable[Spec], replicas: tuple[int, ...] | None, *, gpu: bool
+    options: Mapping[str, Any],
+    specs: Iterable[Spec],
+    replicas: tuple[int, ...] | None,
+    *,
+    gpu: bool,
+    rates: Rates | None = None,
 ) -> Group:
     """What `plan_group` plans.
 
@@ -20,6 +26,7 @@ def planned_group(
         specs: its parameters.
         replicas: ranks to partition states over.
         gpu: whether it runs on one.
+        rates: of the machine, where they are not those of the device's preset.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown codec.
@@ -32,5 +39,6 @@ def planned_group(
         group_storage(options),
         options["split"],
         options["strategy"],
+        rates,
         wire=WIRE[options["wire_dtype"]],
     )

@@ -16,7 +16,7 @@ from distopt.plan.build import Bucket, Piece, Spec, Stack
 from distopt.plan.tiles import BLOCK, Storage, whole_tiles
 from distopt.rule import Rule, Shape, State
 from distopt.state.codecs import Codec
-from distopt.state.coded import Coded
+from distopt.state.coded import Coded, Packed
 
 
 @dataclass
@@ -183,7 +183,9 @@ def allocate_stacks(
             if codec and state.kind == "like":
                 continue
             if codec and not bucket.exchanged:
-                slabs.coded[name] = [_coded(codec, state, bucket, p.entry, windows, device) for p in stack.pieces]
+                slabs.coded[name] = [
+                    _coded(codec, state, bucket, p.entry, windows, device, storage) for p in stack.pieces
+                ]
             elif state.kind == "owner" and bucket.exchanged:
                 slabs.tensors[name] = torch.empty((0, *state.shape), device=device)
             elif state.kind == "owner" and bucket.entries[stack.pieces[0].entry].geometry.logical.declared:
@@ -200,7 +202,9 @@ def allocate_stacks(
         for name, state in declared.items():
             codec = storage.codec(name, state, ()) if state.kind == "owner" else None
             if codec:
-                slabs.coded[name] = [_coded(codec, state, bucket, number, windows, device) for number in group.entries]
+                slabs.coded[name] = [
+                    _coded(codec, state, bucket, number, windows, device, storage) for number in group.entries
+                ]
             elif state.kind == "owner":
                 shape = (len(group.entries), *state.shape)
                 slabs.tensors[name] = torch.full(shape, float(state.fill), device=device)
@@ -211,15 +215,22 @@ def allocate_stacks(
 
 
 def _coded(
-    codec: Codec, state: State, bucket: Bucket, number: int, windows: list[Window], device: torch.device
+    codec: Codec,
+    state: State,
+    bucket: Bucket,
+    number: int,
+    windows: list[Window],
+    device: torch.device,
+    storage: Storage,
 ) -> Coded:
     """The store of a state of one matrix, entry `number` of the bucket."""
-    tiles = whole_tiles(*state.shape)
+    tiles = whole_tiles(*storage.extent(state))
     entry = bucket.entries[number]
     first = sum(prod(window.spec.layout.shape) for window in windows[: entry.param]) + entry.matrix * tiles.numel
     lengths = np.full(tiles.count, BLOCK) if tiles.lengths is None else tiles.lengths
     starts = first + np.cumsum(lengths, dtype=np.int64) - lengths
-    return Coded(codec, tiles, device, float(state.fill), starts, state.shape)
+    store = Packed if storage.packs(state) else Coded
+    return store(codec, tiles, device, float(state.fill), starts, state.shape)
 
 
 def _piece_slab(

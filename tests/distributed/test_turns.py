@@ -81,3 +81,14 @@ def test_two_that_would_clash_are_exchanged_though_both_came_early() -> None:
         for turn, cost in items:
             load[rank, turn] += cost
     assert load.max() == 1
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("fsdp", 2), ("fsdp-tp", 4), ("partitioned", 2)])
+@pytest.mark.parametrize("name", ["shampoo", "soap"])
+def test_packed_factors_in_bf16_are_the_same_on_every_layout(name: str, layout: str, world_size: int) -> None:
+    side = "gram" if name == "soap" else "factor"
+    options = {"eps": 1e-2, "packed": True, "state_codec": {f"{side}_left": "bf16", f"{side}_right": "bf16_sr"}}
+    shapes = {key: shape for key, shape in LAYOUTS[layout].shapes.items() if len(shape) == 2 and 0 not in shape}
+    expected = one_process(RULES[name], options, shapes)[0]
+    answers = pool(world_size).run(f"{training.__name__}:on_ranks", RULES[name], options, layout, shapes, expected)
+    assert all(equal for report, _ in answers for equal, *_ in report.values())

@@ -40,15 +40,16 @@ def state_names(rule: Rule) -> set[str]:
 
 def group_storage(group: Mapping[str, Any]) -> Storage:
     """How a group's states are stored. `state_codec` is the name of a codec for all states, or a dict of names by state,
-    in which the states that it leaves out are fp32; `master_codec` says what is kept of fp32 weights beside parameters of
-    lower precision; `rounding_seed` the seed of stochastic rounding.
+    in which the states that it leaves out are fp32; `packed` stores half of each symmetric state; `master_codec` says
+    what is kept of fp32 weights beside parameters of lower precision; `rounding_seed` is the seed of stochastic rounding.
 
     Raises:
-        ValueError: an unknown codec or state.
+        ValueError: an unknown codec or state; `packed` where no state is symmetric.
     """
     asked = group["state_codec"]
     asked = asked if isinstance(asked, Mapping) else {"": asked}
-    names = state_names(group_rule(dict(group)))
+    rule = group_rule(dict(group))
+    names = state_names(rule)
     for state in asked:
         if state and state not in names:
             raise ValueError(f"state_codec: there is no state {state!r}; this rule keeps {sorted(names)}")
@@ -60,6 +61,12 @@ def group_storage(group: Mapping[str, Any]) -> Storage:
                 f"(known: {', '.join(CODECS)})"
             )
     chosen = {state: (CODECS[c](True), CODECS[c](False)) for state, c in asked.items() if c != "fp32"}
+    if group["packed"] and not any(state.symmetric for state in rule.states(Shape(2, 3)).values()):
+        raise ValueError(
+            f"packed: {type(rule).__name__} keeps no symmetric matrices; leave the option out of this group"
+        )
     if group["master_codec"] not in MASTERS:
         raise ValueError(f"master_codec: one of {', '.join(MASTERS)}, got {group['master_codec']!r}")
-    return Storage(chosen, int(group["rounding_seed"]), MASTERS[group["master_codec"]])
+    return Storage(
+        chosen, int(group["rounding_seed"]), MASTERS[group["master_codec"]], FP32() if group["packed"] else None
+    )

@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import distopt
 from distopt.cli import main
 from distopt.cli.calibrate import measure
-from distopt.plan.cost import CPU, WORK, load_rates
+from distopt.plan.cost import CPU, WORK, Link, load_rates, save_rates
 from distopt.plan.paper import Mesh
+from tests.distributed.layouts import LAYOUTS, lay_out
 from tests.distributed.pool import pool
 
 
@@ -49,6 +51,25 @@ def test_links_are_measured_per_axis_and_agreed_upon() -> None:
     assert all(rates == found[0] for rates in found)
     assert [(link["name"], link["span"]) for link in found[0]["links"]] == [("tp", 2), ("dp", 4)]
     assert all(0 < link["latency"] < 1 and 1e5 < link["bandwidth"] < 1e12 for link in found[0]["links"])
+
+
+def strategies(rates: str | None) -> dict[str, int]:
+    """How a tall matrix that is cut into rows is computed."""
+    laid = lay_out(LAYOUTS["fsdp"], {"tall": torch.ones(512, 16)})
+    groups: list[dict[str, int]] = distopt.Muon(laid.named(), rates=rates).plan.summary()["groups"]
+    return groups[0]["strategies"]  # type: ignore[return-value]
+
+
+def test_a_run_chooses_strategies_by_the_rates_that_it_is_given(tmp_path: Path) -> None:
+    slow = replace(CPU, links=(Link("slow", 2, 1e3, 1e-6),))
+    save_rates(slow, tmp_path / "rates.json")
+    assert pool(2).run(f"{__name__}:strategies", None) == [{"owner": 1}] * 2
+    assert pool(2).run(f"{__name__}:strategies", str(tmp_path / "rates.json")) == [{"gram": 1}] * 2
+
+
+def test_rates_that_are_not_there_are_refused_at_construction() -> None:
+    with pytest.raises(ValueError, match=r"rates 'absent\.json': no such file"):
+        distopt.Muon([torch.nn.Parameter(torch.ones(4, 4))], rates="absent.json")
 
 
 def test_torchrun_writes_one_file(tmp_path: Path) -> None:

@@ -83,6 +83,12 @@ def test_a_split_that_does_not_fit_is_refused_at_construction(split: str, shape:
     assert "param group" in str(error.value)
 
 
+@pytest.mark.parametrize("split", [["q", "k", "v"], {"q": 8}, 3])
+def test_a_split_that_is_no_text_is_refused(split: Any) -> None:
+    with pytest.raises(ValueError, match=r"'qkv' of shape \(24, 8\).*split is text"):
+        distopt.Muon([("qkv", nn.Parameter(torch.zeros(24, 8)))], split=split)
+
+
 def test_a_split_of_a_vector_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'norm'.*needs a matrix"):
         distopt.Adafactor([("norm", nn.Parameter(torch.zeros(4)))], split="q,k")

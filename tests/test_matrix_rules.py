@@ -14,6 +14,9 @@ from distopt.rules import rule_class
 
 SHAPES = {"tall": (12, 5), "wide": (4, 9), "square": (6, 6), "row": (1, 7), "column": (7, 1), "experts": (2, 3, 4)}
 RULES: dict[str, dict[str, Any]] = {
+    "Muon": {},
+    "SOAP": {},
+    "SOAP-short": {"precondition_frequency": 2, "max_precond_dim": 6},
     "NorMuon": {},
     "NorMuon-norm": {"adjust_lr_fn": "original"},
     "Dion2": {},
@@ -161,7 +164,7 @@ def test_bad_options_are_refused() -> None:
             getattr(distopt, name)([("bias", nn.Parameter(torch.ones(4)))])
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if "Shampoo" in name or name == "CASPR"])
+@pytest.mark.parametrize("name", [name for name in RULES if "Shampoo" in name or name in ("CASPR", "SOAP")])
 def test_a_root_that_keeps_failing_is_counted_and_then_an_error(name: str) -> None:
     """With the check of gradients off, a NaN stays in the factors for good."""
     options = {**RULES[name], "precondition_frequency": 1, "max_precond_dim": 100}

@@ -113,6 +113,7 @@ def logical_of(tensor: tuple[int, ...], rule: Rule, split: str | None = None) ->
     Raises:
         ValueError: the split is not one, or does not fit the shape.
     """
+    require(split is None or isinstance(split, str), f"split is text, as in 'q:32h,k:8h,v:8h', got {split!r}")
     block = getattr(rule, "block_size", None) if len(tensor) > 1 else None
     return _logical_of(tensor, rule.reach == "matrix", split, block, getattr(rule, "whole_parts", ()))
 

@@ -25,8 +25,8 @@ class Dion2(Rule):
 
     lr is the spectral norm of the step, times a factor for the whole matrix's shape: "spectral" √(rows/cols), the
     default there and here; the others, ns and ns_dtype are Muon's. Deviations: M is fp32 and lives with whoever
-    computes the matrix; fp32 is what is selected from and, on CPU, orthogonalized. Compute is matrix by matrix, since
-    rounding can change a selection.
+    computes the matrix; fp32 is what is selected from and, on CPU, orthogonalized. Compute is matrix by matrix, and never
+    in slices, since rounding can change a selection.
 
     Start: lr 0.01, fraction 0.25, ef_decay 0.95 (the defaults of github.com/microsoft/dion).
     """

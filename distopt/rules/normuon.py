@@ -27,6 +27,9 @@ class NorMuon(Rule):
     Deviations: the quintic divides by max(‖M‖_F, 1e-7), and the mean of squares is kept in fp32 with whoever computes
     the matrix, from whole rows; dion keeps one per shard. ns and ns_dtype are Muon's.
 
+    A matrix is always computed as a whole: after the iteration come means over rows and a norm over all of it, which
+    sums over slices would round differently wherever the slices differ. Muon has none, and may be computed in slices.
+
     Start: AdamW's lr and weight decay, momentum and beta2 0.95 (the paper, algorithm 1).
     """
 

@@ -26,7 +26,8 @@ class SOAP(TwoSided):
     when the basis changes.
 
     lr is what Adam's is: the size of a step in each rotated coordinate where the gradient keeps its sign. Compute is
-    matrix by matrix, since eigenbases amplify the rounding of a batched product.
+    matrix by matrix, since eigenbases amplify the rounding of a batched product. Deviation: entries above 2³² scale their
+    gradient down to it, so that no square overflows.
 
     Start: lr 3e-3, betas (0.95, 0.95), a refresh every 10 steps (github.com/nikhilvyas/SOAP); at 130M parameters lr
     1.6e-2, betas (0.95, 0.99) (arXiv 2509.02046).
@@ -63,15 +64,13 @@ class SOAP(TwoSided):
     def scalars(self, step: int) -> dict[str, Any]:
         beta1, beta2 = self.betas
         adam_step = max(step - 1, 1)  # the first step does not count
-        return {
-            "step_size": self.lr * (1 - beta2**adam_step) ** 0.5 / (1 - beta1**adam_step),
-        }
+        return {"step_size": self.lr * (1 - beta2**adam_step) ** 0.5 / (1 - beta1**adam_step)}
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
+        g = grad
         if h.shape.is_matrix:
             g = yield Whole(grad)
-        else:
-            g = grad
+            g = g * (2.0**32 / g.abs().amax((-2, -1), keepdim=True)).clamp(max=1)
         if h.step > 1:
             rotated = rotate(g, state)
             state.exp_avg = state.exp_avg.lerp(rotated, 1 - self.betas[0])

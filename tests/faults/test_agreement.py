@@ -121,6 +121,8 @@ def disagree(kind: str) -> tuple[str, bool]:
         options = {"lr": 0.1, "max_grad_norm": 1.0}
     if odd and kind == "nonfinite":
         options = {"lr": 0.1, "nonfinite": "skip"}
+    if odd and kind == "rates":
+        options = {"lr": 0.1, "rates": "h100"}
     if odd and kind == "groups":
         groups = [{"params": named[:1]}, {"params": named[1:], "lr": 0.05}]
     built = cls(groups, **options)
@@ -134,7 +136,7 @@ def disagree(kind: str) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["lr", "order", "names", "dtype", "count", "rule", "max_grad_norm", "nonfinite", "groups"]
+    "kind", ["lr", "order", "names", "dtype", "count", "rule", "max_grad_norm", "nonfinite", "rates", "groups"]
 )
 def test_ranks_that_differ_raise_the_same_error_before_anything_is_changed(kind: str) -> None:
     answers = pool(4).run(f"{HERE}:disagree", kind, deadline=60)

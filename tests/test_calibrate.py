@@ -63,7 +63,7 @@ def strategies(rates: str | None) -> dict[str, int]:
 def test_a_run_chooses_strategies_by_the_rates_that_it_is_given(tmp_path: Path) -> None:
     slow = replace(CPU, links=(Link("slow", 2, 1e3, 1e-6),))
     save_rates(slow, tmp_path / "rates.json")
-    assert pool(2).run(f"{__name__}:strategies", None) == [{"owner": 1}] * 2
+    assert pool(2).run(f"{__name__}:strategies", None) == [{"gather": 1}] * 2
     assert pool(2).run(f"{__name__}:strategies", str(tmp_path / "rates.json")) == [{"gram": 1}] * 2
 
 

@@ -124,17 +124,24 @@ def test_a_layout_is_fsdp2s_with_tensor_parallelism() -> None:
 
 def test_seconds_follow_rates() -> None:
     model, mesh = model_of_shapes(SHAPES), Mesh(dp=4)
-    plan = plan_model(model, "muon", mesh, H100, gpu=True)
+    plan = plan_model(model, "muon", mesh, H100, gpu=True, strategy="owner")
     slow = replace(H100, flops={k: v / 1e6 for k, v in H100.flops.items()})
-    slower = plan_model(model, "muon", mesh, slow, gpu=True)
+    slower = plan_model(model, "muon", mesh, slow, gpu=True, strategy="owner")
     assert slower.total.compute == pytest.approx(1e6 * plan.total.compute)
     assert slower.total.wire == pytest.approx(plan.total.wire)
     far = replace(H100, links=(replace(H100.links[0], bandwidth=1.0, latency=3.0),))
-    waiting = plan_model(model, "muon", mesh, far, gpu=True)
+    waiting = plan_model(model, "muon", mesh, far, gpu=True, strategy="owner")
     # One bucket: there and back in bf16, the norm and the votes.
     busiest = np.maximum(plan.total.sent, plan.total.received).max()
     assert waiting.total.wire.max() == pytest.approx(2 * 3.0 + busiest, rel=0.5)
     assert waiting.verdict > 2 * 3.0
+
+
+def test_the_choice_of_strategies_follows_rates() -> None:
+    model, mesh = model_of_shapes({"layers.0.up_proj.weight": (4096, 64)}), Mesh(dp=4)
+    far = replace(H100, links=(replace(H100.links[0], bandwidth=1e3, latency=1e-6),))
+    chosen = [{row[1] for row in plan_model(model, "muon", mesh, r, gpu=True).rows} for r in (H100, far)]
+    assert chosen == [{"gather"}, {"gram"}]
 
 
 def test_a_cycle_has_every_refresh_once_in_its_turn() -> None:

@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from distopt.bound import Bound
 from distopt.layouts import local_tensor
-from distopt.optimizer import GROUP_OPTIONS
+from distopt.optimizer import ENGINE_OPTIONS, GROUP_OPTIONS
 from distopt.rules import rule_class
 from distopt.state.windows import Window
 
@@ -40,7 +40,7 @@ class Vectors:
     def __init__(self, group: dict[str, Any], words: dict[str, Any], process_group: dist.ProcessGroup | None) -> None:
         # A rule without states: only the layouts are wanted.
         plain = {**asdict(rule_class("sgd")()), **GROUP_OPTIONS, "rule": "sgd"}
-        engine = {**words, "process_group": None, "norm_group": process_group, "nonfinite": None, "max_grad_norm": None}
+        engine = {**ENGINE_OPTIONS, **words, "norm_group": process_group, "nonfinite": None}
         self.bound = Bound([{**plain, **{k: v for k, v in group.items() if k in ("params", "param_names")}}], engine)
         dtypes = {param.dtype for param in self.bound.params}
         if dtypes not in ({torch.float32}, {torch.float64}):

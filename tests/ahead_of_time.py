@@ -6,12 +6,14 @@ python -m tests.ahead_of_time
 from itertools import product
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from distopt.kernels import triton_step
 from distopt.kernels.triton_codecs import CODECS, WEIGHTS
+from distopt.matrix.symmetric import SIZES, product_kernel
 
 ARCHITECTURES = (80, 90)
 
@@ -49,6 +51,13 @@ def main() -> None:
     variants = steps()
     for architecture, constants in product(ARCHITECTURES, variants):
         compile_for(architecture, triton_step.step_kernel, signature, constants)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for architecture, (short, dtype), adds in product(ARCHITECTURES, dtypes.items(), (False, True)):
+        side, depth = SIZES[dtype]
+        numbers = dict.fromkeys(product_kernel.arg_names, "i32") | {"alpha": "fp32", "beta": "fp32"}
+        numbers |= dict.fromkeys(("x", "y", "add", "out"), f"*{short}")
+        constants = {"ADDS": adds, "SIDE": side, "DEPTH": depth, "WIDEN": False}
+        compile_for(architecture, product_kernel, numbers, constants)
     print(f"{len(variants)} steps compiled for {ARCHITECTURES}")
 
 

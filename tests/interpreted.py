@@ -12,6 +12,7 @@ from distopt.kernels import triton_step
 from distopt.kernels.elementwise import EXAMPLES, told
 from distopt.kernels.jobs import Coding, Job
 from distopt.kernels.triton_codecs import CODECS as WRITTEN
+from distopt.matrix.symmetric import symmetric_product
 from distopt.plan.tiles import BLOCK
 from distopt.plan.trace import step_values
 from distopt.rule import Shape, StateView
@@ -108,6 +109,25 @@ def compare(name: str, codec: str, master: str, *, ragged: bool, agreeing: bool)
             assert apart.max() <= 1
 
 
+def multiply(dtype: torch.dtype) -> None:
+    """Symmetric products of odd sizes, strides and stacks, beside torch's in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn((2, 150, 70), generator=generator).to(dtype)
+    gram = wide @ wide.mT
+    gram = (gram.float() / gram.float().norm()).to(dtype).contiguous()
+    gram = ((gram + gram.mT) / 2).contiguous()
+    options = {"widen": dtype == torch.bfloat16}
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for x in (wide, wide[0], wide.mT, torch.randn((1, 200, 5), generator=generator).to(dtype)):
+        found = symmetric_product(x, x.mT, **options)
+        assert torch.equal(found, found.mT)
+        assert torch.allclose(found.double(), x.double() @ x.mT.double(), **tolerance)
+    out = torch.empty_like(gram)
+    found = symmetric_product(gram, gram, add=gram, beta=0.5, alpha=-2.0, out=out, **options)
+    assert found is out
+    assert torch.allclose(out.double(), 0.5 * gram.double() - 2 * gram.double() @ gram.double(), **tolerance)
+
+
 def largest(values: Tensor, tiles: list[Tensor], floor: float = FLOOR) -> Tensor:
     """The scale of each tile."""
     parts = values.split([int(length) for length in tiles])
@@ -128,6 +148,8 @@ def main() -> None:
     for master, codec in product(MASTERS, ("int8", "bf16_sr")):
         compare("AdamW", codec, master, ragged=codec == "int8", agreeing=codec == "int8")
     compare("Lion", "int8", "fp32 weights", ragged=False, agreeing=True)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        multiply(dtype)
     print("all equal")
 
 

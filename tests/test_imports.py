@@ -41,6 +41,7 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 THIRD_PARTY = {"torch", "numpy", "safetensors"}
 EXTRA = {
     "kernels": {"triton"},
+    "matrix": {"triton"},
     "integrations": {"transformers", "accelerate", "deepspeed"},
     "cli": {"transformers", "matplotlib"},
 }

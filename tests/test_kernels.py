@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import distopt
 from distopt.kernels import native
 from distopt.kernels.jobs import Coding, Job
+from distopt.matrix.newton_schulz import orthogonalize
 from distopt.state import fused
 from distopt.state.codecs import CODECS
 from tests.test_codecs import stores
@@ -134,3 +136,18 @@ def test_triton_kernels(module: str, interpreted: bool, says: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert says in done.stdout
+
+
+@pytest.mark.parametrize("method", ["quintic", "gram"])
+def test_compiled_newton_schulz_is_not_compiled_again_for_another_lr(method: Any) -> None:
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(weight: Tensor, grad: Tensor, lr: Tensor) -> Tensor:
+        return weight - lr * orthogonalize(grad, method=method)
+
+    weight, grad = torch.randn(3, 24, 60), torch.randn(3, 24, 60)
+    for lr in (1e-2, 2e-3, 0.0):
+        expected = weight - lr * orthogonalize(grad, method=method)
+        assert torch.allclose(step(weight, grad, torch.tensor(lr)), expected, atol=1e-5)
+    assert counter.frame_count == 1

@@ -54,7 +54,7 @@ _LARGE_ENTRY, _SHRINK = 2.0**48, 2.0**-80
 
 # A symmetric product is computed as four blocks of columns of the lower triangle (5/8 of the FLOPs) and mirrored. On
 # CPU that wins from 512 rows on: 1.15x there, 1.4x from 768. Two or three blocks save less, six lose more to thin
-# products. Not measured on an accelerator, where it is off by default.
+# products. On CUDA it is a Triton kernel, not measured yet, and so off by default.
 _TRIANGLE_BLOCKS, _TRIANGLE_ALIGN, _TRIANGLE_ROWS_CPU = 4, 64, 512
 
 # Matrices of at most this many elements are multiplied as a batch, larger ones one after another in one workspace. On
@@ -305,6 +305,10 @@ def _symmetric_product(
     mm, addmm = (torch.mm, torch.addmm) if x.ndim == 2 else (torch.bmm, torch.baddbmm)
     if not triangle:
         return mm(x, y, out=out) if add is None else addmm(add, x, y, beta=beta, alpha=alpha, out=out)
+    if x.is_cuda and x.dtype != torch.float64:
+        from distopt.matrix.symmetric import symmetric_product  # importing Triton takes a second
+
+        return symmetric_product(x, y, add=add, beta=beta, alpha=alpha, out=out)
     size = x.shape[-2]
     if out is None:
         out = x.new_empty((*x.shape[:-1], size))

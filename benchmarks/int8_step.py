@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     device, rounds = arguments.device, arguments.rounds
-    layers = [shape for name, shape in hidden_matrices(gpt2_124m()).items() if int(name.split(".")[1]) < 4]
+    matrices = list(hidden_matrices(gpt2_124m()).values())
+    layers = matrices[: len(matrices) // 3]
     makers: dict[str, Callable[[Any], Any]] = {
         "distopt int8": lambda p: distopt.AdamW(p, state_codec="int8", nonfinite=None),
         "torch fused fp32": lambda p: torch.optim.AdamW(p, fused=True),

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 import distopt
+from distopt.matrix.newton_schulz import orthogonalize
 from distopt.rules import RULES
+from distopt.state import fused
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -45,3 +47,43 @@ def test_a_rule_on_cuda_equals_the_rule_on_cpu(rule: str) -> None:
 def test_soap_on_cuda_is_finite_and_moves() -> None:
     weights = trained("soap", "cuda")
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.parametrize("rule", ["AdamW", "Lion"])
+@pytest.mark.parametrize("codec", ["int8", "bf16", "bf16_sr"])
+@pytest.mark.parametrize("master", ["fp32 weights", "none", "bits8", "bits16", "fp32"])
+def test_fused_steps_equal_the_rules_text(rule: str, codec: str, master: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    find = fused.Fused.find
+    for fuse in (True, False):
+        kernels: list[object] = []
+
+        def choose(self: fused.Fused, unit: object, fuse: bool = fuse, kernels: list[object] = kernels) -> object:
+            kernels.append(find(self, unit) if fuse else None)
+            return kernels[-1]
+
+        monkeypatch.setattr(fused.Fused, "find", choose)
+        generator = torch.Generator().manual_seed(0)
+        dtype = torch.float32 if master == "fp32 weights" else torch.bfloat16
+        options = {} if master == "fp32 weights" else {"master_codec": master}
+        params = [
+            nn.Parameter(torch.randn(shape, generator=generator).to("cuda", dtype))
+            for shape in ((300, 512), (37, 100), (5000,), (10,))
+        ]
+        optimizer = getattr(distopt, rule)(params, lr=1e-2, state_codec=codec, **options)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator).to("cuda", dtype)
+            optimizer.step()
+        assert kernels
+        assert all((kernel is not None) == fuse for kernel in kernels)
+        found.append([param.detach().float() for param in params])
+    for mine, other in zip(*found):
+        assert (mine - other).norm() <= (1e-3 if dtype == torch.float32 else 4e-3) * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_triangle_equals_full_products(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 600, 1500, device="cuda")
+    full, triangle = (orthogonalize(x, dtype=dtype, symmetric=symmetric) for symmetric in (False, True))
+    assert (full - triangle).float().norm() <= (1e-4 if dtype == torch.float32 else 3e-2) * full.float().norm()

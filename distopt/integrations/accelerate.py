@@ -11,7 +11,8 @@ DeepSpeed, whichever `accelerate launch` was told to use: under the DeepSpeed pl
 
 Without DeepSpeed no line of this module is needed: `prepare` takes any optimizer of this package, those made by
 `distopt.create_optimizer(name, model, …)` and `distopt.AdamW(model.parameters(), …)` alike. Under DeepSpeed those are an
-error on the first step. Nothing is allocated before the model is sharded; layouts are read on the first step.
+error on the first step; with offloaded states Accelerate puts DeepSpeed's Adam in their place, as it does with any optimizer,
+and says nothing. Nothing is allocated before the model is sharded; layouts are read on the first step.
 
 | | one process | DDP | FSDP2 | DeepSpeed 0, 1, 2, 3 | FSDP1 |
 | --- | --- | --- | --- | --- | --- |

@@ -134,11 +134,11 @@ def test_the_commands_of_a_target_work_in_a_clean_environment(target: str, tmp_p
             place = Path(here(rest))
         elif word == "COPY" and rest == ". .":
             for name in kept:
-                source, target = ROOT / name, place / name
+                source, copied = ROOT / name, place / name
                 if source.is_dir():
-                    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+                    shutil.copytree(source, copied, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
                 else:
-                    shutil.copy(source, target)
+                    shutil.copy(source, copied)
         elif word == "COPY":
             source_name, target_name = rest.split()
             (place / target_name).parent.mkdir(parents=True, exist_ok=True)

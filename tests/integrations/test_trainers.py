@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers", minversion="5.2")
 pytest.importorskip("accelerate", minversion="1.13")
 
 from tests.integrations.training import (  # noqa: E402
+    LR,
     Full,
     equal,
     full_weights,
@@ -148,3 +149,11 @@ def test_target_modules_are_the_same_on_ranks(kind: str, ranks: int) -> None:
     alone = run("trainer", "one", "muon", optim_target_modules=["mlp"])
     found = ranks_of(kind, ranks).run(RUN, "trainer", kind, "muon", optim_target_modules=["mlp"])[0]
     assert furthest(alone, found) <= 1e-4 < furthest(alone, one_process("trainer", "muon"))
+
+
+@NEEDS_DEEPSPEED
+def test_name_and_argument_build_the_same_under_deepspeed() -> None:
+    options = {"lr": LR, "weight_decay": 0.1}
+    train = "tests.integrations.training:train"
+    given = ranks_of("zero2", 2).run(train, "zero2", "unused", optimizer=("muon", options))[0]
+    assert equal(given, on_ranks("trainer", "zero2", 2, "muon"))

@@ -311,6 +311,17 @@ def test_an_optimizer_that_was_chosen_before_the_deepspeed_config_is_refused_too
         hf_deepspeed.unset_hf_deepspeed_config()
 
 
+def test_states_that_zero_divides_are_not_divided_again() -> None:
+    config = Config({"zero_optimization": {"stage": 1}})
+    hf_deepspeed.set_hf_deepspeed_config(config)
+    try:
+        cls, options = integration.optimizer("muon", lr=LR, partition=True)
+        with pytest.raises(ValueError, match="partition=True is for DDP; ZeRO stage 1 divides states"):
+            cls()(model(), **options)
+    finally:
+        hf_deepspeed.unset_hf_deepspeed_config()
+
+
 def wrapped_by_fsdp1(name: str) -> str:
     """Run by ranks."""
     from torch.distributed.fsdp import FullyShardedDataParallel

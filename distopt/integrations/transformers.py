@@ -52,7 +52,8 @@ weights, in the package's own checkpoint beside the Trainer's files, on all rank
 kin), of which the Trainer has none; parameters on several devices (`device_map="auto"`); fp64; tensor, context and sequence
 parallelism, which were not tried. With fp16 (read in the sources, not run) a skipped step is skipped on all ranks and not
 counted, but the learning rate's schedule moves on, as with torch's fused optimizers: only the optimizer knows that it skipped.
-Resume on another number of ranks was not tried; DeepSpeed's checkpoints do not do it.
+Resume on another number of ranks was not tried; DeepSpeed's checkpoints do not do it. Old Trainers have faults of their own,
+which no optimizer mends: 5.2 divides accumulated gradients by their number twice, and on a CPU does not resume on ranks.
 """
 
 from __future__ import annotations

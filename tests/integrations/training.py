@@ -53,11 +53,9 @@ def model(*, tied: bool = True, dropout: float = 0.0) -> LlamaForCausalLM:
 
 
 def sequences(count: int, *, same: bool = False) -> list[dict[str, Tensor]]:
-    """Examples for the Trainer; with `same` they are all one. The first token is no label: it is no target either, and
-    older Trainers divide the loss by the labels where gradients are accumulated, and by the targets where not."""
+    """Examples for the Trainer; with `same` they are all one."""
     tokens = torch.randint(VOCABULARY, (count, TOKENS), generator=torch.Generator().manual_seed(3))
-    rows = tokens[:1].expand(count, -1) if same else tokens
-    return [{"input_ids": row, "labels": torch.cat([torch.tensor([-100]), row[1:]])} for row in rows]
+    return [{"input_ids": row, "labels": row} for row in (tokens[:1].expand(count, -1) if same else tokens)]
 
 
 @contextmanager

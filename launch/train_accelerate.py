@@ -13,6 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+try:
+    from accelerate import Accelerator
+except ImportError:
+    sys.exit("launch/train_accelerate.py needs Accelerate: pip install distopt[accelerate]")
 from config import load_config
 from data import DataConfig, load_corpora, training_starts, validation_starts
 from model import ModelConfig, build_model, model_config
@@ -20,11 +25,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import distopt.integrations.accelerate
-
-try:
-    from accelerate import Accelerator
-except ImportError:
-    sys.exit("launch/train_accelerate.py needs Accelerate: pip install distopt[accelerate]")
 
 
 @dataclass(frozen=True, kw_only=True)

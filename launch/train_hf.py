@@ -106,7 +106,7 @@ def parse(arguments: Sequence[str]) -> tuple[Settings, TrainingArguments]:
     parser = HfArgumentParser(kinds)
     parser.add_argument("--config", type=Path)
     if not torch.cuda.is_available():
-        parser.set_defaults(use_cpu=True, ddp_backend="gloo")
+        parser.set_defaults(use_cpu=True, ddp_backend="gloo" if "LOCAL_RANK" in os.environ else None)
         if any(argument.startswith("--deepspeed") for argument in arguments):
             _let_deepspeed_use_gloo()
     keys = [field.name for kind in kinds for field in fields(kind)]

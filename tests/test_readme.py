@@ -83,7 +83,7 @@ def run_at_a_checkout(folder: Path, command: list[str]) -> str:
 
 
 def test_the_pretraining_recipe_trains(tmp_path: Path) -> None:
-    short = "--train.steps 2 --eval.every 2 --eval.sequences 4 --checkpoint.every 2"
+    short = "--train.steps 2 --schedule.warmup_steps 1 --eval.every 2 --eval.sequences 4 --checkpoint.every 2"
     said = run_at_a_checkout(tmp_path, [*recipe("torchrun --nproc-per-node 2 launch/pretrain.py"), *short.split()])
     assert "2 steps here" in said
     assert (tmp_path / "runs" / "pretrain_tiny").is_dir()

@@ -24,6 +24,7 @@ from distopt.layouts import Partition, layout_of, local_tensor
 from distopt.names import parameter_names, strip_groups
 from distopt.plan.build import GroupPlan, Spec, plan_group
 from distopt.plan.geometry import READING
+from distopt.plan.pages import plan_pages
 from distopt.plan.report import PlanReport
 from distopt.rule import Rule, Shape, StateView
 from distopt.rules import group_rule
@@ -33,6 +34,7 @@ from distopt.state.faces import Faces
 from distopt.state.gathering import gather
 from distopt.state.grouping import planned_group
 from distopt.state.loading import load_state_dict
+from distopt.state.pages.pager import Pager, make_pager
 from distopt.state.units import MASTER
 from distopt.state.windows import make_window
 from distopt.verdict import Verdict, first_nonfinite, reach_verdict, sum_squares
@@ -66,6 +68,7 @@ class Bound:
                 "checkpoints: pass model.named_parameters() instead of model.parameters()",
                 stacklevel=2,
             )
+        self.pager: Pager | None = None
         self._dtypes = [param.dtype for param in self.params]
         exchange_flat_ranges(self.names, self.params, self.device)
         layouts = [layout_of(param, self.rank) for param in self.params]
@@ -100,9 +103,14 @@ class Bound:
             planned = planned_group(group, specs, replicas, gpu=self.device.type != "cpu", rates=engine["rates"])
             plan = plan_group(planned, self.rank)
             self.plans.append(plan)
+            start = stop
+        pager = self._make_pager(engine)
+        start = 0
+        for plan in self.plans:
+            stop = start + len(plan.specs)
             windows = [make_window(param, spec) for param, spec in zip(self.params[start:stop], plan.specs)]
             make = BoundElementwise if plan.elementwise else BoundGroup
-            self.groups.append(make(plan, windows, self.domains, self.device))
+            self.groups.append(make(plan, windows, self.domains, self.device, pager))
             start = stop
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
         verdict = (8 * len(self.params) + 4 if self.union.size > 1 else 0) + (
@@ -121,6 +129,25 @@ class Bound:
             for number, window in enumerate(bound.windows):
                 self.state[window.param] = {"step": None, **faces.here(number), **faces.placeholders(number)}
             self.counters.append(Counters([self.state[window.param] for window in bound.windows]))
+
+    def _make_pager(self, engine: dict[str, Any]) -> Pager | None:
+        """Say where pages lie, and make their places; an error on any rank is one on all."""
+        if engine["device_budget"] is None and not any(plan.storage.offload for plan in self.plans):
+            return None
+        error: ValueError | None = None
+        try:
+            plan_pages(self.plans, engine["device_budget"])
+            self.pager = make_pager(self.plans, self.device, self.rank)
+        except ValueError as refused:
+            error = refused
+        failed = self.union.all_gather_ints([int(error is not None)], self.device)
+        if error is not None:
+            raise error
+        if any(row[0] for row in failed):
+            ranks = [rank for rank, row in zip(self.union.ranks, failed) if row[0]]
+            self.pager = None
+            raise ValueError(f"states cannot be paged on ranks {ranks}, whose errors say why; nothing was changed")
+        return self.pager
 
     def snapshot(self) -> defaultdict[Tensor, Any]:
         """`state` as a state dict holds it: with copies of the states that live with owners; collective where there are
@@ -401,7 +428,8 @@ class Bound:
                 raise ValueError(f"{name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it")
         for i, (group, stored, plan) in enumerate(zip(groups, self._stored, self.plans)):
             plan.storage.seed = group["rounding_seed"]
-            if any(group[name] != value for name, value in stored.items() if name.endswith(("codec", "packed"))):
+            fixed = [name for name in stored if name.endswith("codec") or name in ("packed", "offload")]
+            if any(group[name] != stored[name] for name in fixed):
                 raise ValueError(
                     f"group {i}: how states are stored was changed after bind (from {stored}); load the state dict into an "
                     "optimizer that was built so"

@@ -7,31 +7,42 @@ only for the maxima of what the rule returns, on which the ranks then agree by o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distopt.plan.tiles import SMALL
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
+from distopt.state.codecs import FP32
 from distopt.state.coded import Span
 from distopt.state.fused import Fused
 from distopt.state.noise import Key
 from distopt.state.units import Section, Unit, Units
 
+Exact = Callable[[Tensor, Tensor, dict[str, Tensor]], None]
+
 
 class _Flat:
-    """A unit's weights and gradients, flat, and where members lie that do not step."""
+    """A unit's weights and gradients, flat, and where members lie that do not step. With `fused`, a kernel for fp32 states
+    is there; it then is what steps the unit (`exact`) if fp32 is all that there is, as it steps what is not in units."""
 
-    def __init__(self, unit: Unit, grads: dict[int, Tensor], inert: set[int]) -> None:
+    def __init__(self, unit: Unit, grads: dict[int, Tensor], inert: set[int], *, fused: bool) -> None:
         self.unit = unit
         self.idle = [unit.parts[i] for i in unit.members if i in inert]
-        self.alone = len(unit.members) == 1
+        exact = fused and _is_plain(unit)
+        self.alone = len(unit.members) == 1 and not (exact and unit.tiles.numel < SMALL)
         weights = [window.weight() for window in unit.windows]
-        self.weight = weights[0] if self.alone else torch.cat(weights)
-        self.grad = grads[unit.members[0]] if self.alone else torch.cat([grads[i].float() for i in unit.members])
+        given = [grads[i] for i in unit.members]
+        if self.alone:
+            self.weight, self.grad = weights[0], given[0]
+        else:
+            self.weight = torch.cat([w.float() for w in weights] if exact else weights)
+            self.grad = torch.cat([grad.float() for grad in given])
+        self.exact = exact and self.weight.dtype == self.grad.dtype == torch.float32
 
     def load(self, section: Section, span: slice) -> Tensor:
         """fp32 weights of a span."""
@@ -75,15 +86,20 @@ def step_units(
     gpu: bool,
     scalars: dict[str, Tensor],
     observed: str | None = None,
+    exact: Exact | None = None,
 ) -> None:
     """Step every unit with these gradients (flat, by parameter number), or feed them to the rule as what is `observed`;
-    members that are `inert` are left alone, and so are the states of the group, `scalars`."""
+    members that are `inert` are left alone, and so are the states of the group, `scalars`. `exact` is the kernel for
+    weights, gradients and states that are all fp32."""
     h = step_values(rule, step, Shape(1, 1, 1), gpu)
     stepping = [unit for unit in units.units if not inert.issuperset(unit.members)]
     keys = partial(Key, units.plan.storage.seed, step)
     kernels = Fused(rule, h, grads, inert, keys) if observed is None else None
-    fused = {id(unit): kernel for unit in stepping if kernels and (kernel := kernels.find(unit))}
-    active = {id(unit): _Flat(unit, grads, inert) for unit in stepping if id(unit) not in fused}
+    coded = [unit for unit in stepping if not _is_plain(unit)]
+    fused = {id(unit): kernel for unit in coded if kernels and (kernel := kernels.find(unit))}
+    exact = exact if observed is None else None
+    rest = [unit for unit in stepping if id(unit) not in fused]
+    active = {id(unit): _Flat(unit, grads, inert, fused=exact is not None) for unit in rest}
     found = {}
     for unit in stepping:
         if any(unit.slots.values()):
@@ -113,6 +129,13 @@ def step_units(
             kernels.step(fused[id(unit)], unit, section, known)
             continue
         flat = active[id(unit)]
+        if exact is not None and flat.exact:
+            states = {name: store.stored for name, store in section.stores.items()}
+            kept = [(state[p], state[p].clone()) for p in flat.resting(section.elements) for state in states.values()]
+            exact(flat.weight[section.elements], flat.grad[section.elements], states)
+            for view, value in kept:
+                view.copy_(value)
+            continue
         for span, spans in section.spans(units.device):
             weight, new = _update(rule, h, flat, section, span, spans, scalars, observed)
             if observed is None:
@@ -124,6 +147,11 @@ def step_units(
     for unit in stepping:
         for window in unit.windows:
             window.finish()
+
+
+def _is_plain(unit: Unit) -> bool:
+    """Whether all is fp32, so that it is in a unit only for being paged: it is stepped as what is not in units."""
+    return unit.master is None and all(isinstance(store.codec, FP32) for store in unit.stores.values())
 
 
 def _update(

@@ -20,6 +20,7 @@ from distopt.plan.build import GroupPlan
 from distopt.plan.tiles import CHUNK, SMALL
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
+from distopt.state.pages.pager import Pager
 from distopt.state.units import Unit, Units
 from distopt.state.windows import Window, initial, scaled
 
@@ -41,7 +42,14 @@ class Part:
 class BoundElementwise:
     """An elementwise parameter group bound to its tensors."""
 
-    def __init__(self, plan: GroupPlan, windows: list[Window], domains: Domains, device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: GroupPlan,
+        windows: list[Window],
+        domains: Domains,
+        device: torch.device,
+        pager: Pager | None = None,
+    ) -> None:
         self.plan, self.windows, self.device = plan, windows, device
         self.gpu = device.type != "cpu"
         declared = plan.rule.states(Shape(1, 1, 1))
@@ -53,10 +61,10 @@ class BoundElementwise:
         }
         layouts = [spec.layout for spec in plan.specs]
         units = [
-            Unit(plan, windows, members, states, domains[layouts[members[0]].ranks])
+            Unit(plan, windows, members, states, domains[layouts[members[0]].ranks], pager)
             for members in plan.storage.pack(layouts, [spec.itemsize for spec in plan.specs], states)
         ]
-        self.units = Units(plan, units, domains, device)
+        self.units = Units(plan, units, domains, device, None, pager)
         exact = [i for i in range(len(windows)) if i not in self.units.of]
         self.small = sorted((i for i in exact if windows[i].numel < SMALL), key=lambda i: windows[i].holders)
         self.large = [i for i in exact if windows[i].numel >= SMALL]
@@ -118,8 +126,9 @@ class BoundElementwise:
         flats = [(self._large_grads[i], self.windows[i].holders) for i in alone]
         return flats + [(self.grads[start:stop], holders) for start, stop, holders in self._segments]
 
-    def alarm(self) -> None:
-        """Nothing here can fail in a way that is counted."""
+    def alarm(self) -> str | None:
+        """What must stop training: pages that are lost."""
+        return self.units.alarm()
 
     def _packs_plainly(self) -> bool:
         """Whether small parameters are as plain and contiguous now as they were at bind."""
@@ -181,7 +190,14 @@ class BoundElementwise:
                     self.windows[i].finish()
         for i in large:
             self.windows[i].finish()
-        step_units(self.units, rule, step, inert, self._large_grads, self.gpu, self.scalars)
+
+        def exact(weight: Tensor, grad: Tensor, states: dict[str, Tensor]) -> None:
+            assert kernel is not None
+            with _aligned([Part(weight, grad, states)], self.device) as lists:
+                kernel(rule, step, *lists)
+
+        stepped = exact if kernel is not None else None
+        step_units(self.units, rule, step, inert, self._large_grads, self.gpu, self.scalars, exact=stepped)
         if self.scalars and final:
             nothing = torch.empty(0, device=self.device)
             view = StateView({**dict.fromkeys(self.slabs, nothing), **self.scalars})

@@ -26,8 +26,10 @@ from distopt.plan.trace import Ask, Rounds, step_values
 from distopt.rule import Back, Reduction, Rule, Shape, StateView, Through, Whole
 from distopt.state.coded import Coded
 from distopt.state.noise import Key
+from distopt.state.pages.pager import Pager
+from distopt.state.sections import Paged
 from distopt.state.units import Unit, Units
-from distopt.state.windows import Slabs, Window, allocate_stacks, no_extent, scaled, strided
+from distopt.state.windows import Slabs, Window, allocate_stacks, no_extent, scaled, store_maker, strided
 from distopt.state.working import Working
 
 
@@ -44,14 +46,23 @@ class BoundBucket:
         device: torch.device,
         rounds: Rounds,
         storage: Storage,
+        make: Any,
     ) -> None:
         self.bucket, self.windows, self.domain, self.device = bucket, windows, domain, device
         self.gpu = device.type != "cpu"
-        self.slabs, self.owned_slabs = allocate_stacks(rule, bucket, windows, pieces, device, storage)
+        self.slabs, self.owned_slabs = allocate_stacks(rule, bucket, windows, pieces, device, storage, make)
         self.reductions = Reductions(bucket, domain, device)
         self.rounds = rounds
         self.routes = routes(bucket, [window.spec.index for window in windows], domain) if bucket.exchanged else None
         self.sums = Sums(domain, [tuple(home.rank for home in entry.homes) for entry in bucket.entries])
+        owned = [entry for entry in bucket.entries if not bucket.exchanged or entry.owner == domain.me]
+        lying = [
+            (number, None, name)
+            for number in dict.fromkeys(e.param for e in bucket.entries)
+            for name in rule.states(bucket.entries[0].shape)
+        ]
+        self.stored = lying + [(e.param, e.matrix, name) for e in owned for name in rule.states(e.shape)]
+        """States that a step reads, by parameter, matrix and name, in about that order."""
         self.closes: list[int] = []
         """Parameters whose last bucket this is; set by the group."""
 
@@ -288,7 +299,7 @@ def _decoded(slabs: Slabs) -> dict[str, Tensor]:
     return {name: torch.stack([store.matrix() for store in stores]) for name, stores in slabs.coded.items()}
 
 
-def _encode(stores: list[Coded], new: Tensor, kept: list[bool], key: Key) -> None:
+def _encode(stores: list[Coded | Paged], new: Tensor, kept: list[bool], key: Key) -> None:
     for store, value, keep in zip(stores, new, kept):
         if keep:
             store.write(value.reshape(-1), None, key)
@@ -331,8 +342,16 @@ def _reduced_nothing(request: Reduction) -> Tensor:
 class BoundGroup:
     """One parameter group bound to its tensors: windows, buckets and states."""
 
-    def __init__(self, plan: GroupPlan, windows: list[Window], domains: Domains, device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: GroupPlan,
+        windows: list[Window],
+        domains: Domains,
+        device: torch.device,
+        pager: Pager | None = None,
+    ) -> None:
         self.plan, self.windows, self.domains, self.device = plan, windows, domains, device
+        make = store_maker(plan, device, pager)
         pieces: dict[int, list[Any]] = {}
         for bucket in plan.buckets:
             for stack in bucket.stacks:
@@ -350,10 +369,11 @@ class BoundGroup:
                 device,
                 plan.rounds(bucket.entries[0].shape),
                 plan.storage,
+                make,
             )
             for bucket in plan.buckets
         ]
-        self.units = Units(plan, self._make_units(domains), domains, device, self._find_coded_states())
+        self.units = Units(plan, self._make_units(domains, pager), domains, device, self._find_coded_states(), pager)
         last = {entry.param: bound for bound in self.buckets for entry in bound.bucket.entries}
         for number, closing in last.items():
             closing.closes.append(number)
@@ -377,7 +397,7 @@ class BoundGroup:
             if state.limit is not None and (entry.param, entry.matrix) in self._owner_states
         ]
 
-    def _make_units(self, domains: Domains) -> list[Unit]:
+    def _make_units(self, domains: Domains, pager: Pager | None) -> list[Unit]:
         """The stores of states that are coded and lie as their parameters do, one unit per parameter."""
         units = []
         for number, window in enumerate(self.windows):
@@ -386,7 +406,7 @@ class BoundGroup:
             states = rule.states(shapes[0]) if shapes else {}
             lying = {name: s for name, s in states.items() if s.kind == "like" and storage.codec(name, s, layout.shape)}
             if lying or storage.mastered(window.spec.itemsize):
-                units.append(Unit(self.plan, self.windows, [number], lying, domains[layout.ranks]))
+                units.append(Unit(self.plan, self.windows, [number], lying, domains[layout.ranks], pager))
         return units
 
     def collect(self, missing: set[int]) -> list[tuple[Tensor, int]]:
@@ -417,6 +437,8 @@ class BoundGroup:
         scalars = dict(self.scalars)
         if final:
             self._next = scalars
+        stepping = [b for b in self.buckets if not all(entry.param in inert for entry in b.bucket.entries)]
+        self.units.expect([key for bucket in stepping for key in bucket.stored])
         for bucket in self.buckets:
             # Buckets without a parameter that steps are left out; the same ones on every rank.
             if not all(entry.param in inert for entry in bucket.bucket.entries):
@@ -442,7 +464,7 @@ class BoundGroup:
     def alarm(self) -> str | None:
         """What must stop training: a state that counts failures is above its limit. Reads a few numbers of the device."""
         if not self._alarms:
-            return None
+            return self.units.alarm()
         values = torch.cat([tensor.view(-1) for _, tensor, _ in self._alarms]).tolist()
         for value, (name, _, limit) in zip(values, self._alarms):
             if value > limit:
@@ -451,7 +473,7 @@ class BoundGroup:
                     "times in a row. Its factor is not finite or too ill-conditioned: go back to an earlier checkpoint, "
                     "raise eps, or keep non-finite gradients out (nonfinite='raise' or 'skip')"
                 )
-        return None
+        return self.units.alarm()
 
     def owner_state(self, param: int, matrix: int, name: str) -> Tensor:
         """A state (rows, cols) of a matrix that is computed on this rank: the state itself, or what it decodes to."""
@@ -489,7 +511,7 @@ class BoundGroup:
             for entry, item, slabs in self._homes()
         }
 
-    def _find_coded_states(self) -> dict[tuple[int, int, str], Coded]:
+    def _find_coded_states(self) -> dict[tuple[int, int, str], Coded | Paged]:
         return {
             (entry.param, entry.matrix, name): stores[item]
             for entry, item, slabs in self._homes()

@@ -38,6 +38,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "norm_group": None,
     "maximize": False,
     "rates": None,
+    "device_budget": None,
 }
 OWN_OPTIONS: dict[str, Any] = {"packed": False, "split": None, "strategy": "auto", "wire_dtype": "fp32"}
 GROUP_OPTIONS: dict[str, Any] = {**STORAGE_OPTIONS, **OWN_OPTIONS}
@@ -67,6 +68,8 @@ class Optimizer(torch.optim.Optimizer):
         maximize: ascend.
         rates: of this machine, for the choice of strategies: the file that `distopt calibrate` wrote (the same on every
             rank), "h100" or "cpu". By default those of the device.
+        device_budget: bytes, or "8GiB", that states may take on the device where groups have `offload`: as many as fit
+            stay there, the slots that pages pass through included.
 
     Keyword-only options of each group, whose value here is the default:
         state_codec: how states are stored: "fp32", "bf16" (rounded to nearest), "bf16_sr" (stochastically), "int8", "fp8"
@@ -78,6 +81,10 @@ class Optimizer(torch.optim.Optimizer):
             "none": then updates below half an ulp of a parameter are lost. See `master_state_dict`.
         packed: store half of each symmetric state (factors, Gram matrices, roots) of 1,024 elements or more, in its codec;
             state dicts hold all of it.
+        offload: where states lie that are not on the device: "cpu" (pinned host memory beside a GPU), "disk:/path" (a file
+            there per rank, scratch of this run), or shares of these, {"cpu": 0.5, "disk:/path": 0.25}, the rest staying on
+            the device. Codes move, fetched before they are needed and written back behind the step; results are those
+            without it, bit for bit. Statistics and states of less than 1,024 elements stay.
         rounding_seed: of stochastic rounding, whose random bits depend on it, the step, the state and the element.
         strategy: where matrices that no rank holds whole are computed. "auto" lets a cost model choose; "owner" (each by
             one rank), "gather" (by every rank), "gram" (by all that hold some of it, which sum Gram matrices: rounding
@@ -148,14 +155,21 @@ class Optimizer(torch.optim.Optimizer):
         return self._bind().report
 
     def traffic(self) -> dict[str, int]:
-        """Bytes that this rank's collectives sent and received, and their number, since `reset_traffic`."""
-        traffic = self._bind().domains.traffic
-        return {"bytes_sent": traffic.sent, "bytes_received": traffic.received, "collectives": traffic.calls}
+        """Bytes that this rank's collectives sent and received, and their number, since `reset_traffic`; and bytes of pages
+        that came to the device and left it."""
+        bound = self._bind()
+        traffic, pager = bound.domains.traffic, bound.pager
+        counts = {"bytes_sent": traffic.sent, "bytes_received": traffic.received, "collectives": traffic.calls}
+        paged = {"page_bytes_read": pager.bytes_read, "page_bytes_written": pager.bytes_written} if pager else {}
+        return counts | paged
 
     def reset_traffic(self) -> None:
         """Start counting again."""
-        traffic = self._bind().domains.traffic
+        bound = self._bind()
+        traffic = bound.domains.traffic
         traffic.sent = traffic.received = traffic.calls = 0
+        if bound.pager is not None:
+            bound.pager.bytes_read = bound.pager.bytes_written = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may have a `rule` of its own; its options default to that rule's, lr and weight decay to

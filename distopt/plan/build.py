@@ -188,6 +188,8 @@ class GroupPlan:
     """Per domain, what each rank does per step for the matrices that are computed there."""
     homes: dict[tuple[int, ...], list[Entry]] = field(default_factory=dict)
     """Per domain, every matrix of every rank with its owner."""
+    pages: dict[Any, list[Any]] = field(default_factory=dict)
+    """What is paged, see `plan.pages`."""
 
     @property
     def loads(self) -> dict[tuple[int, ...], np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 from distopt.plan.build import Bucket, GroupPlan
 from distopt.plan.fields import fields_of
 from distopt.plan.held import agreement_bytes, state_bytes
+from distopt.plan.pages import SLOTS, device_bytes, paging, slot_bytes
 from distopt.plan.strategies import held, sides, slice_work
 from distopt.plan.trace import Ask, Rounds
 from distopt.rule import Shape
@@ -34,6 +35,10 @@ class PlanReport:
             busiest_bytes, mean_bytes: over the ranks, the larger of sent and received, for exchanged matrices.
             state_bytes, state_bytes_total: on this rank, and of one process that held everything.
             state_bytes_per_parameter: state_bytes_total per element.
+            device_state_bytes: what states take on the device here, slots included; state_bytes where nothing is paged.
+            paged_bytes: by tier ("device", "cpu", "disk:…"), bytes of pages here.
+            page_bytes_read_per_step, page_bytes_written_per_step: of pages that move, in an ordinary step, as
+                `optimizer.traffic()` counts them.
             flops, flops_imbalance: matrix FLOPs per step on this rank; the busiest rank's over the mean.
             parameters, matrices, groups.
         """
@@ -42,9 +47,12 @@ class PlanReport:
             key: sum(group[key] for group in groups)
             for key in (
                 "bytes_sent_per_step", "bytes_received_per_step", "state_bytes", "state_bytes_total", "parameters",
-                "elements", "matrices", "flops",
+                "elements", "matrices", "flops", "page_bytes_read_per_step", "page_bytes_written_per_step",
             )
         }  # fmt: skip
+        out["device_state_bytes"] = device_bytes(self.groups)
+        tiers = [(tier, size) for group in groups for tier, size in group["paged_bytes"].items()]
+        out["paged_bytes"] = {name: sum(size for tier, size in tiers if tier == name) for name, _ in tiers}
         out["bytes_sent_per_step"] += self.verdict_bytes
         out["bytes_received_per_step"] += self.verdict_bytes
         loads: dict[tuple[int, ...], np.ndarray] = defaultdict(lambda: np.zeros(1))
@@ -85,6 +93,14 @@ class PlanReport:
                     f"  bucket {number}: {len(bucket.entries)} matrices, {_how(bucket)}; "
                     f"sends {_size(sent)}, receives {_size(received)}"
                 )
+            if group["paged_bytes"]:
+                lines.append(
+                    "  pages: "
+                    + ", ".join(f"{_size(size)} on {tier}" for tier, size in group["paged_bytes"].items())
+                    + f"; per step {_size(group['page_bytes_read_per_step'])} to the device and "
+                    f"{_size(group['page_bytes_written_per_step'])} back, through {SLOTS} slots of "
+                    + _size(slot_bytes(self.groups))
+                )
             for load in plan.loads.values():
                 if load.any():
                     lines.append(
@@ -114,6 +130,7 @@ class PlanReport:
             "bytes_received_per_step": received + gathered[1] + agreed,
             "state_bytes": here,
             "state_bytes_total": total,
+            **paging(plan),
             "flops": float(sum(load[ranks.index(self.rank)] for load, ranks in loads)),
         }
 

@@ -32,25 +32,36 @@ CHUNK, GPU_CHUNK = 1 << 16, 1 << 22
 faster than whole tensors at 30M elements); on a GPU they fill it, and no copy of a large state is ever decoded."""
 
 
+@dataclass(frozen=True)
+class Offload:
+    """Where states lie that are not on the device: shares of their bytes by tier ("cpu", "disk:/path")."""
+
+    shares: tuple[tuple[str, float], ...]
+
+
 @dataclass
 class Storage:
     """How the states of a group are stored: the codec of signed states and of others, by name ("" for the rest; none:
-    fp32 all of them), the seed of
-    stochastic rounding, what keeps the rest of fp32 weights beside parameters of lower precision, and, where half of
-    symmetric states is stored, the codec of those that have no other one."""
+    fp32 all of them), the seed of stochastic rounding, what keeps the rest of fp32 weights beside parameters of lower
+    precision; where half of symmetric states is stored, the codec of those that have no other one (`packing`); and where
+    states lie: with `offload` in pages, then `exact` is the codec of those that are fp32."""
 
     codecs: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     seed: int = 0
     master: Any = None
     packing: Any = None
+    offload: Offload | None = None
+    exact: Any = None
 
     def codec(self, name: str, state: State, shape: tuple[int, ...]) -> Any:
-        """The codec of a state of a parameter of this global shape; None: fp32. Statistics, which are few, stay fp32, and
-        so do copies of the weights, whose rounding would be the weights' own."""
+        """The codec of a state of a parameter of this global shape; None: fp32, on the device. Statistics, which are few,
+        stay fp32, and so do copies of the weights, whose rounding would be the weights' own."""
         found = self.codecs.get(name, self.codecs.get(""))
         size = {"like": prod(shape), "owner": prod(state.shape)}
-        if found is None or state.fill == "weight" or size.get(state.kind, 0) < LEAST:
-            return self.packing if self.packs(state) else None
+        if size.get(state.kind, 0) < LEAST:
+            return None
+        if found is None or state.fill == "weight":
+            return self.packing if self.packs(state) else self.exact
         return found[0 if state.signed else 1]
 
     def packs(self, state: State) -> bool:
@@ -99,6 +110,12 @@ class Tiles:
     lengths: np.ndarray | None
     cuts: np.ndarray
     slots: np.ndarray
+
+    def part(self, tiles: slice, numel: int) -> Tiles:
+        """These tiles, which have so many elements, counted from the first of them."""
+        first, last = np.searchsorted(self.cuts, (tiles.start, tiles.stop))
+        lengths = None if self.lengths is None else self.lengths[tiles]
+        return Tiles(numel, lengths, self.cuts[first:last] - tiles.start, self.slots[first:last])
 
     @property
     def count(self) -> int:

@@ -58,10 +58,12 @@ def on_the_wire(rounds: Rounds, dtype: torch.dtype) -> Rounds:
 @dataclass(frozen=True)
 class Trace:
     """The rounds of requests of one step, and the FLOPs spent between Whole and Back on one matrix, by kind of work as
-    `cost.Rates` has rates for (matrix products by dtype, factorizations by name)."""
+    `cost.Rates` has rates for (matrix products by dtype, factorizations by name); the states that get new values, where
+    there are whole matrices."""
 
     rounds: Rounds
     work: tuple[tuple[str, int], ...]
+    assigned: frozenset[str] = frozenset()
 
     @property
     def flops(self) -> int:
@@ -99,7 +101,7 @@ def trace(rule: Rule, shape: Shape, step: int, gpu: bool, turns: tuple[int, ...]
         return Trace(rounds, ())
     guard = PieceGuard(type(rule).__name__, (1, shape.rows, shape.cols))
     _run(rule, shape, step, gpu, guard, 1, turns)
-    return Trace(rounds, tuple(guard.work.items()))
+    return Trace(rounds, tuple(guard.work.items()), guard.assigned)
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def _run(
                 requests = run.send(answer)
             except StopIteration as end:
                 assert tuple(end.value.shape) == piece, f"{type(rule).__name__} returned weights of another shape"
+                guard.assigned = frozenset(states.new)
                 return tuple(rounds)
             several = isinstance(requests, tuple)
             asked: tuple[Request, ...] = requests if several else (requests,)
@@ -211,6 +214,7 @@ class PieceGuard(TorchDispatchMode):
         super().__init__()
         self.name, self.piece, self.at_owner = name, piece, False
         self.work: dict[str, int] = {}
+        self.assigned: frozenset[str] = frozenset()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

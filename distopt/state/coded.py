@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Agreed:
 
 class Coded:
     """See the module. `starts` has the number of each tile's first element in the group, where rounding is stochastic;
-    `shape` is that of `matrix()`."""
+    `shape` is that of `matrix()`. With `lies` False it has no bytes until they are given it (`lie_in`)."""
 
     def __init__(
         self,
@@ -58,20 +59,23 @@ class Coded:
         fill: float = 0.0,
         starts: np.ndarray | None = None,
         shape: tuple[int, ...] = (-1,),
+        *,
+        lies: bool = True,
     ) -> None:
-        self.codec, self.tiles, self.shape = codec, tiles, shape
+        self.codec, self.tiles, self.shape, self.device, self.fill = codec, tiles, shape, device, fill
         self.spans: list[Span] = []
         items = 0
         for t0, t1, e0, e1 in tiles.spans(CHUNK if device.type == "cpu" else GPU_CHUNK):
             count = codec.code_bytes(e1 - e0) // codec.dtype.itemsize
             self.spans.append(Span(slice(t0, t1), slice(e0, e1), slice(items, items + count)))
             items += count
-        self.stored = torch.zeros(items, dtype=codec.dtype, device=device)
-        self.scales = torch.full((tiles.count if codec.scaled else 0,), FLOOR, device=device)
+        self.sizes = items, tiles.count if codec.scaled else 0
+        self.stored = torch.empty(items if lies else 0, dtype=codec.dtype, device=device)
+        self.scales = torch.empty(self.sizes[1] if lies else 0, device=device)
         self._lengths = None if tiles.lengths is None else torch.from_numpy(tiles.lengths).to(device)
         self._starts = torch.from_numpy(starts).to(device) if starts is not None and codec.stochastic else None
-        if fill:
-            self.write(torch.full((tiles.numel,), fill, device=device), None, Key(0, 0, ""))
+        if lies:
+            self.clear()
 
     @property
     def firsts(self) -> Tensor | None:
@@ -81,7 +85,20 @@ class Coded:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return self.stored.nbytes + self.scales.nbytes
+        return self.sizes[0] * self.codec.dtype.itemsize + 4 * self.sizes[1]
+
+    def clear(self) -> None:
+        """Store what the state starts as."""
+        self.stored.zero_()
+        self.scales.fill_(FLOOR)
+        if self.fill:
+            self.write(torch.full((self.tiles.numel,), self.fill, device=self.device), None, Key(0, 0, ""))
+
+    def lie_in(self, page: Tensor, codes: int, scales: int) -> None:
+        """Take these places in bytes (uint8) as those of codes and scales."""
+        dtype = self.codec.dtype
+        self.stored = page[codes : codes + self.sizes[0] * dtype.itemsize].view(dtype)
+        self.scales = page[scales : scales + 4 * self.sizes[1]].view(torch.float32)
 
     def decode(self, span: Span) -> Tensor:
         """The values of a span in fp32, flat."""
@@ -118,7 +135,15 @@ class Coded:
     def read(self) -> Tensor:
         """All values in fp32, flat."""
         parts = [self.decode(span) for span in self.spans]
-        return torch.cat(parts) if parts else torch.empty(0, device=self.stored.device)
+        return torch.cat(parts) if parts else torch.empty(0, device=self.device)
+
+    def run(self, part: slice) -> Tensor:
+        """The values of a run of elements in fp32, flat."""
+        spans = [s for s in self.spans if s.elements.start < part.stop and s.elements.stop > part.start]
+        if not spans:
+            return torch.empty(0, device=self.device)
+        first = spans[0].elements.start
+        return torch.cat([self.decode(span) for span in spans])[part.start - first : part.stop - first]
 
     def matrix(self) -> Tensor:
         """All values in fp32, in their shape."""
@@ -142,7 +167,7 @@ class Coded:
 
     def cut_maxima(self, values: Tensor | None) -> Tensor:
         """The maxima of the cut tiles in these values (flat, all), in the order of `tiles.cuts`; zeros without values."""
-        found = torch.zeros(len(self.tiles.cuts), device=self.stored.device)
+        found = torch.zeros(len(self.tiles.cuts), device=self.device)
         if values is not None:
             for span in self.spans:
                 if self.is_cut(span):
@@ -180,10 +205,10 @@ class Packed(Coded):
 
 
 def agree(
-    domain: Domain, found: list[tuple[Coded, int, Tensor]], device: torch.device
+    domain: Domain, found: Sequence[tuple[Any, int, Tensor]], device: torch.device
 ) -> Generator[dist.Work | None, None, list[Agreed]]:
     """Maxima of cut tiles over all ranks, by one reduction, which is yielded to be waited for. `found` has, of each
-    state, the number of slots of its tensor, the same on every rank, and the maxima here."""
+    state (its store, in pages or not), the number of slots of its tensor, the same on every rank, and the maxima here."""
     flat = torch.zeros(sum(slots for _, slots, _ in found), device=device)
     parts = list(flat.split([slots for _, slots, _ in found])) if found else []
     places = [torch.from_numpy(coded.tiles.slots).to(device) for coded, _, _ in found]

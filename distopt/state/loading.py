@@ -117,7 +117,8 @@ def _take_over(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]])
 def is_own(option: str) -> bool:
     """Whether a group keeps its own value of an option: whatever the codec that states were saved under, and the layout that
     they were planned for, they load into these."""
-    return option in ("params", "param_names", "rule", "strategy", "packed", "wire_dtype") or option.endswith("_codec")
+    own = ("params", "param_names", "rule", "strategy", "packed", "wire_dtype", "offload")
+    return option in own or option.endswith("_codec")
 
 
 def log_changes(number: int, group: Mapping[str, Any], taken: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ where it stands for the fp32 weight itself). A parameter that somebody else wrot
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,10 +15,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Master:
-    """Base: `bits` per element of what is kept."""
+    """Base: `bits` per element of what is kept. A codec as far as that is stored, as it is."""
 
     bits: int
     dtype: torch.dtype
+
+    scaled: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = False
+
+    def code_bytes(self, numel: int) -> int:
+        """Bytes of what is kept for a run of elements."""
+        return numel * self.bits // 8
 
     def split(self, x: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
         """The parameter in its dtype `low`, and the rest, of fp32 weights."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,52 +14,20 @@ from torch import Tensor
 
 from distopt.comm.groups import Domain, Domains
 from distopt.plan.build import GroupPlan
-from distopt.plan.tiles import CHUNK, GPU_CHUNK, Tiles, join_tiles, local_tiles, shared_tiles, tile_starts
+from distopt.plan.tiles import join_tiles, local_tiles, shared_tiles, tile_starts
 from distopt.rule import State
 from distopt.state.codecs import FP32, Codec
-from distopt.state.coded import Agreed, Coded, Span, agree
+from distopt.state.coded import Agreed, Coded, agree
 from distopt.state.master import Master
 from distopt.state.noise import Key
+from distopt.state.pages.pager import Pager
+from distopt.state.sections import MASTER, Paged, Section, paged_sections, whole
 from distopt.state.windows import Window
 
-MASTER = "master"
-"""What state dicts call fp32 weights beside parameters of lower precision."""
+__all__ = ["MASTER", "Section", "Unit", "Units"]
+
 Values = dict[tuple[int, int | None, str], Tensor]
 """By parameter number, matrix (None: of the whole parameter) and name."""
-
-
-@dataclass
-class Section:
-    """A run of a unit's elements whose codes lie together: all of it.
-
-    Attributes:
-        elements, tiles: which of the unit's.
-        cuts: which of the tiles that an edge of a shard cuts.
-        stores: the codes and scales of these elements, by state name.
-        rest: what parameters of lower precision lack of fp32 weights; or None.
-    """
-
-    elements: slice
-    tiles: slice
-    cuts: slice
-    stores: dict[str, Coded]
-    rest: Tensor | None
-    shape: Tiles
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether an edge of a shard cuts any of its tiles."""
-        return self.cuts.start < self.cuts.stop
-
-    def within(self, span: slice) -> slice:
-        """A span of the unit's elements, counted from the first one here."""
-        return slice(span.start - self.elements.start, span.stop - self.elements.start)
-
-    def spans(self, device: torch.device) -> Iterator[tuple[slice, dict[str, Span]]]:
-        """Runs of the unit's elements, with the span of each store."""
-        chunk, first = CHUNK if device.type == "cpu" else GPU_CHUNK, self.elements.start
-        for number, (_, _, start, stop) in enumerate(self.shape.spans(chunk)):
-            yield slice(first + start, first + stop), {n: store.spans[number] for n, store in self.stores.items()}
 
 
 class Unit:
@@ -69,44 +37,66 @@ class Unit:
         members: their numbers in the group.
         parts, tile_parts: where each lies among the unit's elements, and its tiles among the unit's.
         stores: by state name.
-        sections: what the stores hold, cut into runs of elements.
+        sections: what the stores hold, cut into runs of elements; of elementwise rules.
         master, rest: how what parameters of lower precision lack of fp32 weights is kept, and that; or None.
     """
 
     def __init__(
-        self, plan: GroupPlan, windows: list[Window], members: list[int], states: Mapping[str, State], domain: Domain
+        self,
+        plan: GroupPlan,
+        windows: list[Window],
+        members: list[int],
+        states: Mapping[str, State],
+        domain: Domain,
+        pager: Pager | None = None,
     ) -> None:
         self.members, self.domain = members, domain
         self.windows = [windows[i] for i in members]
         sizes = [window.numel for window in self.windows]
         self.parts = {i: slice(a, b) for i, (a, b) in zip(members, pairwise(accumulate(sizes, initial=0)))}
-        self.stores: dict[str, Coded] = {}
+        self.stores: dict[str, Coded | Paged] = {}
         self.slots: dict[str, int] = {}
         specs = [window.spec for window in self.windows]
-        first = self.windows[0]
+        first, device = self.windows[0], self.windows[0].param.device
         slots = [len(shared_tiles(spec.layout)) for spec in specs]
         tiles = [local_tiles(spec.layout, spec.index) for spec in specs]
         self.tiles = join_tiles(tiles, slots)
         edges = pairwise(accumulate((part.count for part in tiles), initial=0))
         self.tile_parts = {i: slice(a, b) for i, (a, b) in zip(members, edges)}
         self.master: Master | None = plan.storage.master if plan.storage.mastered(first.spec.itemsize) else None
-        self.rest: Tensor | None = None
-        if self.master is not None:
+        self.rest: Tensor | Paged | None = None
+        shape = first.spec.layout.shape
+        codecs: dict[str, Codec] = {n: plan.storage.codec(n, state, shape) or FP32() for n, state in states.items()}
+        fills = {name: float(state.fill) for name, state in states.items() if state.fill != "weight"}
+        starts = None
+        if any(codec.stochastic for codec in codecs.values()):
+            firsts = list(accumulate((prod(spec.layout.shape) for spec in plan.specs), initial=0))
+            starts = np.concatenate([tile_starts(s.layout, s.index) + firsts[i] for s, i in zip(specs, members)])
+        self.sections: list[Section] = []
+        if plan.pages:
+            assert pager is not None
+            kept: dict[str, Any] = {**codecs, **({MASTER: self.master} if self.master is not None else {})}
+            for key, names in [("", list(kept))] if plan.elementwise else [(name, [name]) for name in kept]:
+                pages = plan.pages[members[0], None, key]
+                together = {name: kept[name] for name in names}
+                self.sections = paged_sections(pager, pages, together, fills, self.tiles, device, starts)
+                faces = {name: Paged(name, self.sections, kept[name], self.tiles, device) for name in names}
+                self.rest = faces.pop(MASTER, self.rest)
+                self.stores |= faces
+        else:
+            stores = {n: Coded(c, self.tiles, device, fills.get(n, 0.0), starts) for n, c in codecs.items()}
+            self.stores |= stores
+            if self.master is not None:
+                self.rest = torch.zeros(self.tiles.numel, dtype=self.master.dtype, device=device)
+            self.sections = [whole(self.tiles, stores, self.rest)]
+        if self.master is not None and self.rest is not None:
             weights = torch.cat([window.weight() for window in self.windows])
-            self.rest = self.master.split(weights.float(), weights.dtype)[1].clone()
-        firsts = list(accumulate((prod(spec.layout.shape) for spec in plan.specs), initial=0))
+            self.rest[0 : self.tiles.numel] = self.master.split(weights.float(), weights.dtype)[1]
         for name, state in states.items():
-            codec: Codec = plan.storage.codec(name, state, first.spec.layout.shape) or FP32()
-            starts = None
-            if codec.stochastic:
-                starts = np.concatenate([tile_starts(s.layout, s.index) + firsts[i] for s, i in zip(specs, members)])
-            fill = 0.0 if state.fill == "weight" else state.fill
-            store = self.stores[name] = Coded(codec, self.tiles, first.param.device, fill, starts)
             if state.fill == "weight":
-                store.write(torch.cat([window.weight().float() for window in self.windows]), None, Key(0, 0, ""))
-            self.slots[name] = sum(slots) if codec.scaled else 0
-        everything = slice(0, self.tiles.numel), slice(0, self.tiles.count), slice(0, len(self.tiles.cuts))
-        self.sections = [Section(*everything, self.stores, self.rest, self.tiles)]
+                weights = torch.cat([window.weight().float() for window in self.windows])
+                self.stores[name].write(weights, None, Key(0, 0, ""))
+            self.slots[name] = sum(slots) if codecs[name].scaled else 0
 
     def weight(self, number: int) -> Tensor:
         """The fp32 weights of a parameter, flat; a copy."""
@@ -134,9 +124,10 @@ class Units:
         units: list[Unit],
         domains: Domains,
         device: torch.device,
-        owned: dict[tuple[int, int, str], Coded] | None = None,
+        owned: Mapping[tuple[int, int, str], Coded | Paged] | None = None,
+        pager: Pager | None = None,
     ) -> None:
-        self.plan, self.units, self.domains, self.device = plan, units, domains, device
+        self.plan, self.units, self.domains, self.device, self.pager = plan, units, domains, device, pager
         self.owned = owned or {}
         self.of = {number: unit for unit in units for number in unit.members}
 
@@ -154,12 +145,7 @@ class Units:
             return self.owned[number, matrix, name].read()
         if (number, 0, name) in self.owned:
             return torch.cat([self.owned[number, m, name].read() for m in range(self._matrices(number, name))])
-        store, part = self.of[number].stores[name], self.of[number].parts[number]
-        spans = [s for s in store.spans if s.elements.start < part.stop and s.elements.stop > part.start]
-        if not spans:
-            return torch.empty(0, device=self.device)
-        first = spans[0].elements.start
-        return torch.cat([store.decode(span) for span in spans])[part.start - first : part.stop - first]
+        return self.of[number].stores[name].run(self.of[number].parts[number])
 
     def write(self, values: Values) -> None:
         """Store states (fp32); the others stay. Collective where there are cuts; then every rank of a layout stores the
@@ -192,8 +178,21 @@ class Units:
             unit.stores[name].write(flat, agreed[id(unit.stores[name])], Key(0, 0, ""))
 
     def walk(self, sections: list[tuple[Unit, Section]], *, write: bool = True) -> Iterator[tuple[Unit, Section]]:
-        """These sections in turn, to be read and, with `write`, written."""
-        yield from sections
+        """These sections in turn, to be read and, with `write`, written. Those to come are fetched meanwhile."""
+        if self.pager is not None:
+            self.pager.expect(section.page for _, section in sections if section.page is not None)
+        for unit, section in sections:
+            with section.opened(write=write):
+                yield unit, section
+
+    def expect(self, keys: list[tuple[int, int | None, str]]) -> None:
+        """Fetch ahead the states of these parameters and matrices, which are read next, in this order."""
+        if self.pager is not None:
+            self.pager.expect(page for key in keys for page in self.plan.pages.get(key, ()))
+
+    def alarm(self) -> str | None:
+        """Why no step can be taken, if so."""
+        return None if self.pager is None else self.pager.alarm()
 
     def _matrices(self, number: int, name: str) -> int:
         return sum(key[0] == number and key[2] == name for key in self.owned)

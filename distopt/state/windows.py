@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -12,11 +13,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distopt.layouts import Partition, local_tensor
-from distopt.plan.build import Bucket, Piece, Spec, Stack
+from distopt.plan.build import Bucket, Entry, GroupPlan, Piece, Spec, Stack
 from distopt.plan.tiles import BLOCK, Storage, whole_tiles
 from distopt.rule import Rule, Shape, State
 from distopt.state.codecs import Codec
 from distopt.state.coded import Coded, Packed
+from distopt.state.pages.pager import Pager
+from distopt.state.sections import Paged, PagedPacked, paged_sections
 
 
 @dataclass
@@ -137,7 +140,7 @@ class Slabs:
 
     tensors: dict[str, Tensor]
     kinds: dict[str, str]
-    coded: dict[str, list[Coded]] = field(default_factory=dict)
+    coded: dict[str, list[Coded | Paged]] = field(default_factory=dict)
     """States of owner kind that are stored as codes, a store per matrix. What lies as pieces do is found by parameter."""
 
 
@@ -168,11 +171,13 @@ def allocate_stacks(
     pieces: dict[int, list[Piece]],
     device: torch.device,
     storage: Storage,
+    make: Callable[[int, int, str, State, Codec], Coded | Paged],
 ) -> tuple[list[Slabs], list[Slabs]]:
     """States of a bucket: (per stack of pieces, per stack of owned matrices).
 
     What lies as the pieces do is found again, flat and in the order of the pieces, in `window.state`. `pieces` holds all
-    pieces of each parameter here, in the order in which they lie.
+    pieces of each parameter here, in the order in which they lie. `make` makes the store of a state that is coded and lives
+    with its owner: parameter, matrix, name, state and codec.
     """
     stacks = []
     for stack in bucket.stacks:
@@ -183,9 +188,7 @@ def allocate_stacks(
             if codec and state.kind == "like":
                 continue
             if codec and not bucket.exchanged:
-                slabs.coded[name] = [
-                    _coded(codec, state, bucket, p.entry, windows, device, storage) for p in stack.pieces
-                ]
+                slabs.coded[name] = [_made(make, bucket.entries[p.entry], name, state, codec) for p in stack.pieces]
             elif state.kind == "owner" and bucket.exchanged:
                 slabs.tensors[name] = torch.empty((0, *state.shape), device=device)
             elif state.kind == "owner" and bucket.entries[stack.pieces[0].entry].geometry.logical.declared:
@@ -202,9 +205,7 @@ def allocate_stacks(
         for name, state in declared.items():
             codec = storage.codec(name, state, ()) if state.kind == "owner" else None
             if codec:
-                slabs.coded[name] = [
-                    _coded(codec, state, bucket, number, windows, device, storage) for number in group.entries
-                ]
+                slabs.coded[name] = [_made(make, bucket.entries[i], name, state, codec) for i in group.entries]
             elif state.kind == "owner":
                 shape = (len(group.entries), *state.shape)
                 slabs.tensors[name] = torch.full(shape, float(state.fill), device=device)
@@ -214,23 +215,29 @@ def allocate_stacks(
     return stacks, owned
 
 
-def _coded(
-    codec: Codec,
-    state: State,
-    bucket: Bucket,
-    number: int,
-    windows: list[Window],
-    device: torch.device,
-    storage: Storage,
-) -> Coded:
-    """The store of a state of one matrix, entry `number` of the bucket."""
-    tiles = whole_tiles(*storage.extent(state))
-    entry = bucket.entries[number]
-    first = sum(prod(window.spec.layout.shape) for window in windows[: entry.param]) + entry.matrix * tiles.numel
-    lengths = np.full(tiles.count, BLOCK) if tiles.lengths is None else tiles.lengths
-    starts = first + np.cumsum(lengths, dtype=np.int64) - lengths
-    store = Packed if storage.packs(state) else Coded
-    return store(codec, tiles, device, float(state.fill), starts, state.shape)
+def _made(make: Callable[..., Coded | Paged], entry: Entry, name: str, state: State, codec: Codec) -> Coded | Paged:
+    return make(entry.param, entry.matrix, name, state, codec)
+
+
+def store_maker(
+    plan: GroupPlan, device: torch.device, pager: Pager | None
+) -> Callable[[int, int, str, State, Codec], Coded | Paged]:
+    """Makes the store of a state of one matrix, which lives with its owner; see `allocate_stacks`."""
+    firsts = list(accumulate((prod(spec.layout.shape) for spec in plan.specs), initial=0))
+
+    def make(param: int, matrix: int, name: str, state: State, codec: Codec) -> Coded | Paged:
+        packs, tiles = plan.storage.packs(state), whole_tiles(*plan.storage.extent(state))
+        lengths = np.full(tiles.count, BLOCK) if tiles.lengths is None else tiles.lengths
+        starts = firsts[param] + matrix * tiles.numel + np.cumsum(lengths, dtype=np.int64) - lengths
+        fill = float(state.fill)
+        if not plan.pages:
+            return (Packed if packs else Coded)(codec, tiles, device, fill, starts, state.shape)
+        assert pager is not None
+        pages = plan.pages[param, matrix, name]
+        sections = paged_sections(pager, pages, {name: codec}, {name: fill}, tiles, device, starts)
+        return (PagedPacked if packs else Paged)(name, sections, codec, tiles, device, state.shape)
+
+    return make
 
 
 def _piece_slab(

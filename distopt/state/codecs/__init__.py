@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from distopt.plan.pages import parse_offload
 from distopt.plan.tiles import Storage
 from distopt.rule import Rule, Shape
 from distopt.rules import group_rule
@@ -29,7 +30,7 @@ CODECS: dict[str, type[Codec]] = {
 }
 
 
-STORAGE_OPTIONS: dict[str, Any] = {"state_codec": "fp32", "master_codec": "none", "rounding_seed": 0}
+STORAGE_OPTIONS: dict[str, Any] = {"state_codec": "fp32", "master_codec": "none", "rounding_seed": 0, "offload": None}
 """Options of every group that say how states are stored, whatever the rule, with their defaults."""
 
 
@@ -41,10 +42,11 @@ def state_names(rule: Rule) -> set[str]:
 def group_storage(group: Mapping[str, Any]) -> Storage:
     """How a group's states are stored. `state_codec` is the name of a codec for all states, or a dict of names by state,
     in which the states that it leaves out are fp32; `packed` stores half of each symmetric state; `master_codec` says
-    what is kept of fp32 weights beside parameters of lower precision; `rounding_seed` is the seed of stochastic rounding.
+    what is kept of fp32 weights beside parameters of lower precision; `rounding_seed` is the seed of stochastic rounding;
+    `offload` says where states lie (`plan.pages`).
 
     Raises:
-        ValueError: an unknown codec or state; `packed` where no state is symmetric.
+        ValueError: an unknown codec, state or place; `packed` where no state is symmetric.
     """
     asked = group["state_codec"]
     asked = asked if isinstance(asked, Mapping) else {"": asked}
@@ -67,6 +69,8 @@ def group_storage(group: Mapping[str, Any]) -> Storage:
         )
     if group["master_codec"] not in MASTERS:
         raise ValueError(f"master_codec: one of {', '.join(MASTERS)}, got {group['master_codec']!r}")
+    offload = parse_offload(group["offload"])
+    exact, packing = (FP32() if given else None for given in (offload is not None, group["packed"]))
     return Storage(
-        chosen, int(group["rounding_seed"]), MASTERS[group["master_codec"]], FP32() if group["packed"] else None
+        chosen, int(group["rounding_seed"]), MASTERS[group["master_codec"]], packing, offload=offload, exact=exact
     )

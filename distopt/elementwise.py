@@ -70,6 +70,7 @@ class BoundElementwise:
         self.large = [i for i in exact if windows[i].numel >= SMALL]
         packed = sum(windows[i].numel for i in self.small)
         self.padded = -(-packed // LANES) * LANES
+        self._simple = {i for i, window in enumerate(windows) if window.simple}
         self.weights = torch.zeros(self.padded, device=device)
         self.grads = torch.zeros(self.padded, device=device)
         self.slabs: dict[str, Tensor] = {}
@@ -121,8 +122,12 @@ class BoundElementwise:
         self._large_grads: dict[int, Tensor] = {}
         alone = [*self.large, *sorted(self.units.of)]
         for i in alone:
-            grad = None if i in missing else self.windows[i].grad()
-            self._large_grads[i] = torch.zeros(self.windows[i].numel, device=self.device) if grad is None else grad
+            grad = None if i in missing else self.windows[i].param.grad
+            if grad is not None and not (i in self._simple and grad.is_contiguous()):
+                grad = self.windows[i].grad()
+            self._large_grads[i] = (
+                torch.zeros(self.windows[i].numel, device=self.device) if grad is None else grad.view(-1)
+            )
         flats = [(self._large_grads[i], self.windows[i].holders) for i in alone]
         return flats + [(self.grads[start:stop], holders) for start, stop, holders in self._segments]
 

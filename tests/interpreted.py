@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distopt.kernels import triton_step
 from distopt.kernels.elementwise import EXAMPLES, told
-from distopt.kernels.jobs import Coding, Job
+from distopt.kernels.jobs import Coding, Job, table
 from distopt.kernels.triton_codecs import CODECS as WRITTEN
 from distopt.matrix.symmetric import symmetric_product
 from distopt.plan.tiles import BLOCK
@@ -81,12 +81,12 @@ def compare(name: str, codec: str, master: str, *, ragged: bool, agreeing: bool)
     assert kernel is not None
     if agreeing:
         given = [[state.agreed.clone() for state in job.states] for job in jobs]
-        kernel(jobs, known.scalars, True)
+        kernel(table(jobs), known.scalars, True)
         for job, (_, new_states, lengths, _), least in zip(jobs, expected, given):
             for state, value, one in zip(job.states, new_states, least):
                 assert torch.allclose(state.agreed, largest(value, list(lengths), 0.0), rtol=1e-5), "what it looked for"
                 state.agreed.copy_(one)
-    kernel(jobs, known.scalars, False)
+    kernel(table(jobs), known.scalars, False)
     for job, (new, new_states, lengths, numbers) in zip(jobs, expected):
         weight = kept.join(job.weight, job.rest) if kept else job.weight.float()
         error = {"none": 2**-8, "bits8": 2**-16}.get(master, 0.0) * new.abs() + 3e-6 * (1 + new.abs())

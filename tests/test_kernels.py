@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 import distopt
 from distopt.kernels import native
-from distopt.kernels.jobs import Coding, Job
+from distopt.kernels.jobs import Coding, Job, table
 from distopt.matrix.newton_schulz import orthogonalize
 from distopt.state import fused
 from distopt.state.codecs import CODECS
@@ -112,14 +112,14 @@ def test_compiled_codecs_give_back_every_code(name: str, signed: bool) -> None:
     stored, kept = codes.clone(), scales.clone()
     weight = torch.zeros(1 << 16)
     coding = Coding(stored, kept if codec.scaled else None)
-    kernel([Job(weight, weight, None, 512, None, (coding,))], (0.0, 1.0, 0.0, 0.0), False)
+    kernel(table([Job(weight, weight, None, 512, None, (coding,))]), (0.0, 1.0, 0.0, 0.0), False)
     assert torch.equal(stored, codes)
     assert torch.allclose(kept, scales, rtol=0, atol=0)
 
 
 def test_a_kernel_that_does_something_else_is_not_used(without_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr(native, "build", lambda rule, codecs: lambda jobs, scalars, look: called.append(rule))
+    monkeypatch.setattr(native, "build", lambda rule, codecs: lambda table, scalars, look: called.append(rule))
     trained("AdamW", "int8", steps=1)
     assert called == ["AdamW"], "asked once, for its trial"
 

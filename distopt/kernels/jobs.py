@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,25 +37,36 @@ class Job:
     numbers: Tensor | None = None
 
 
-CodedKernel = Callable[[list[Job], tuple[float, ...], bool], None]
-"""Steps jobs with a rule's scalars; with True, only looks at the maxima of tiles."""
+@dataclass(frozen=True)
+class Table:
+    """Jobs as they are handed over: `rows` int64 (jobs, WIDTH) on the host, where an address of 0 is nothing; whether any state
+    has `agreed` scales; the `device` of what the addresses point to."""
+
+    rows: np.ndarray
+    agreed: bool
+    device: torch.device
+
+
+CodedKernel = Callable[[Table, tuple[float, ...], bool], None]
+"""Steps jobs, all with starts or all without, with a rule's scalars; with True, only looks at the maxima of tiles."""
 
 WIDTH = 16
-"""Columns of the table: 0 weight, 1 grad, 2 starts, 3 tiles, 4 elements; 5 codes, 6 scales, 7 agreed of the first state, 8 to 10
-of the second; 11 rest, 12 numbers, 13 and 14 the keys of the states."""
+WEIGHT, GRAD, STARTS, TILES, NUMEL, STATES, REST, NUMBERS, KEYS = 0, 1, 2, 3, 4, 5, 11, 12, 13
+"""Columns: from STATES on codes, scales and agreed of one state, then of the next; from KEYS on a key per state."""
 
 
-def table(jobs: list[Job]) -> Tensor:
-    """The jobs as int64 (jobs, WIDTH) on the host; an address of 0 is nothing."""
+def table(jobs: list[Job]) -> Table:
+    """The table of some jobs."""
     rows = []
     for job in jobs:
         row = [job.weight.data_ptr(), job.grad.data_ptr(), _address(job.starts), job.tiles, job.weight.numel()]
         for state in job.states:
             row += [state.codes.data_ptr(), _address(state.scales), _address(state.agreed)]
-        row += [0] * (11 - len(row))
+        row += [0] * (REST - len(row))
         keys = [state.key for state in job.states]
         rows.append([*row, _address(job.rest), _address(job.numbers), *keys, *[0] * (3 - len(keys))])
-    return torch.tensor(rows, dtype=torch.int64)
+    agreed = any(state.agreed is not None for job in jobs for state in job.states)
+    return Table(np.asarray(rows, np.int64), agreed, jobs[0].weight.device)
 
 
 def _address(tensor: Tensor | None) -> int:

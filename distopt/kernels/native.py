@@ -17,9 +17,10 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from distopt.kernels.jobs import CodedKernel, Job, table
+from distopt.kernels.jobs import CodedKernel, Table
 
 SOURCE = Path(__file__).with_name("step.cpp")
 # No -ffast-math: every operation is rounded as torch rounds it. Without errno and traps loops of roots become vectors.
@@ -55,9 +56,10 @@ def build(rule: str, codecs: tuple[str, ...]) -> CodedKernel | None:
     return partial(_run, step)
 
 
-def _run(step: Callable[..., None], jobs: list[Job], scalars: tuple[float, ...], look: bool) -> None:
-    rows, numbers = table(jobs), torch.tensor([*scalars, *[0.0] * (8 - len(scalars))])
-    step(rows.data_ptr(), len(jobs), numbers.data_ptr(), torch.get_num_threads(), int(look))
+def _run(step: Callable[..., None], table: Table, scalars: tuple[float, ...], look: bool) -> None:
+    numbers = np.zeros(8, np.float32)
+    numbers[: len(scalars)] = scalars
+    step(table.rows.ctypes.data, len(table.rows), numbers.ctypes.data, torch.get_num_threads(), int(look))
 
 
 def _cache() -> Path:

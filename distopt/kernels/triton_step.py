@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distopt.kernels.jobs import WIDTH, CodedKernel, Job, table
+from distopt.kernels.jobs import STARTS, WIDTH, CodedKernel, Table
+from distopt.kernels.jobs import TILES as COLUMN_TILES
 from distopt.kernels.triton_codecs import CODECS, FLOOR, WEIGHTS, random_bits, widen
 from distopt.kernels.triton_rules import RULES
 from distopt.plan.tiles import BLOCK
@@ -144,36 +145,31 @@ def find(
     if chosen is None:
         return None
 
-    def launch(jobs: list[Job], scalars: tuple[float, ...], look: bool) -> None:
-        for ragged in (False, True):
-            alike = [job for job in jobs if (job.starts is not None) == ragged and job.tiles]
-            if alike:
-                device = alike[0].weight.device
-                programs = _programs(tuple(job.tiles for job in alike), device)
-                agreed = any(state.agreed is not None for job in alike for state in job.states)
-                step_kernel[(len(programs),)](
-                    _to(table(alike), device), programs, _one(device), *scalars, *[0.0] * (7 - len(scalars)), **chosen,
-                    RAGGED=ragged, AGREED=agreed and not look, LOOK=look, num_warps=4, enable_fp_fusion=False,
-                )  # fmt: skip
+    def launch(table: Table, scalars: tuple[float, ...], look: bool) -> None:
+        counts = table.rows[:, COLUMN_TILES]
+        programs = _programs(counts.tobytes(), table.device)
+        rows = torch.from_numpy(table.rows)
+        if table.device.type == "cuda":  # without waiting for it
+            rows = rows.pin_memory().to(table.device, non_blocking=True)
+        step_kernel[(len(programs),)](
+            rows, programs, _one(table.device), *scalars, *[0.0] * (7 - len(scalars)), **chosen,
+            RAGGED=bool(table.rows[0, STARTS]), AGREED=table.agreed and not look, LOOK=look, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
 
     return launch
 
 
 @lru_cache(maxsize=256)
-def _programs(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """(job, first tile) of every program."""
-    parts = [
-        np.stack(np.broadcast_arrays(np.int32(job), np.arange(0, count, TILES, dtype=np.int32)), axis=1)
-        for job, count in enumerate(counts)
-    ]
-    return torch.from_numpy(np.concatenate(parts)).to(device)
+def _programs(counts: bytes, device: torch.device) -> Tensor:
+    """(job, first tile) of every program, from the int64 numbers of tiles of the jobs."""
+    tiles = np.frombuffer(counts, np.int64)
+    each = -(-tiles // TILES)
+    jobs = np.repeat(np.arange(len(tiles)), each)
+    first = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)
+    return torch.from_numpy(np.stack([jobs, first * TILES], axis=1).astype(np.int32)).to(device)
 
 
 @lru_cache(maxsize=16)
 def _one(device: torch.device) -> Tensor:
     return torch.ones((), device=device)
-
-
-def _to(rows: Tensor, device: torch.device) -> Tensor:
-    """The rows on the device, without waiting for it."""
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows

@@ -12,12 +12,28 @@ from torch import Tensor
 
 from distopt.kernels import native
 from distopt.kernels.elementwise import EXAMPLES, told
-from distopt.kernels.jobs import CodedKernel, Coding, Job
+from distopt.kernels.jobs import (
+    GRAD,
+    KEYS,
+    NUMBERS,
+    NUMEL,
+    REST,
+    STARTS,
+    STATES,
+    TILES,
+    WEIGHT,
+    WIDTH,
+    CodedKernel,
+    Coding,
+    Job,
+    Table,
+    table,
+)
 from distopt.plan.tiles import BLOCK, Tiles
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
 from distopt.state.codecs.base import FLOOR, Codec
-from distopt.state.coded import Agreed, Coded
+from distopt.state.coded import Agreed
 from distopt.state.noise import Key
 from distopt.state.units import Section, Unit
 
@@ -71,42 +87,46 @@ class Fused:
     def _run(self, kernel: CodedKernel, unit: Unit, section: Section, scales: dict[str, Tensor], *, look: bool) -> None:
         """Hand over the members that step, as far as they lie in the section."""
         assert self.told is not None
+        rows, first = np.zeros((len(unit.members), WIDTH), np.int64), section.elements.start
+        parts = np.array([(part.start, part.stop) for part in unit.parts.values()], np.int64)
+        tiles = np.array([(part.start, part.stop) for part in unit.tile_parts.values()], np.int64)
+        begin, end = parts.clip(section.elements.start, section.elements.stop).T
+        tile, tile_end = tiles.clip(section.tiles.start, section.tiles.stop).T - section.tiles.start
+        grads = [self.grads[number] for number in unit.members]
+        skipped = begin - parts[:, 0]
+        rows[:, WEIGHT] = np.array(self._weights(unit)) + skipped * unit.windows[0].param.element_size()
+        rows[:, GRAD] = np.array([grad.data_ptr() for grad in grads]) + skipped * grads[0].element_size()
+        rows[:, TILES], rows[:, NUMEL] = tile_end - tile, end - begin
         starts = _tile_starts(section.shape, self._device(section))
-        jobs = []
+        if starts is not None:
+            rows[:, STARTS] = starts.data_ptr() + 8 * tile
+        if section.rest is not None:
+            rows[:, REST] = section.rest.data_ptr() + (begin - first) * section.rest.element_size()
+        for place, name in enumerate(self.told.states):
+            store, column = section.stores[name], STATES + 3 * place
+            rows[:, column] = store.stored.data_ptr() + (begin - first) * store.stored.element_size()
+            if store.codec.scaled:
+                rows[:, column + 1] = store.scales.data_ptr() + 4 * tile
+            if name in scales:
+                rows[:, column + 2] = scales[name].data_ptr() + 4 * tile
+            if store.firsts is not None:
+                rows[:, NUMBERS] = store.firsts.data_ptr() + 8 * tile
+                rows[:, KEYS + place] = self.keys(name).start
+        rows = rows[(end > begin) & [number not in self.inert for number in unit.members]]
+        if len(rows):
+            kernel(Table(rows, bool(scales), self._device(section)), self.told.scalars, look)
+
+    def _weights(self, unit: Unit) -> list[int]:
+        """The addresses of the weights of its members."""
+        found = []
         for number, window in zip(unit.members, unit.windows):
-            whole = unit.parts[number]
-            here, tiles = _common(whole, section.elements), _common(unit.tile_parts[number], section.tiles)
-            if number in self.inert or here.stop <= here.start:
+            if window.simple:
+                found.append(window.param.data_ptr())
                 continue
             if number not in self.weights:  # asked again, a window that is not contiguous would give another copy
                 self.weights[number] = window.weight()
-            mine = slice(here.start - whole.start, here.stop - whole.start)
-            tiles = slice(tiles.start - section.tiles.start, tiles.stop - section.tiles.start)
-            states = tuple(
-                _coding(section.stores[name], section.within(here), tiles, scales.get(name), self.keys(name).start)
-                for name in self.told.states
-            )
-            at = None if starts is None else starts[tiles.start :]
-            weight, grad = self.weights[number][mine], self.grads[number][mine]
-            rest = None if section.rest is None else section.rest[section.within(here)]
-            numbers = _numbers(section, tiles)
-            jobs.append(Job(weight, grad, at, tiles.stop - tiles.start, rest, states, numbers))
-        kernel(jobs, self.told.scalars, look)
-
-
-def _common(a: slice, b: slice) -> slice:
-    return slice(max(a.start, b.start), min(a.stop, b.stop))
-
-
-def _coding(store: Coded, part: slice, tiles: slice, agreed: Tensor | None, key: int) -> Coding:
-    scales = store.scales[tiles] if store.codec.scaled else None
-    return Coding(store.stored[part], scales, None if agreed is None else agreed[tiles], key)
-
-
-def _numbers(section: Section, tiles: slice) -> Tensor | None:
-    """The numbers of the first elements of these tiles, where a codec rounds stochastically."""
-    found = (store.firsts for store in section.stores.values())
-    return next((firsts[tiles] for firsts in found if firsts is not None), None)
+            found.append(self.weights[number].data_ptr())
+        return found
 
 
 @lru_cache(maxsize=4096)
@@ -165,7 +185,7 @@ def _agrees(kernel: CodedKernel, name: str, codecs: tuple[Codec, ...]) -> bool:
     codings = tuple(
         Coding(codes.view(-1), scale if codec.scaled else None) for codec, (codes, scale) in zip(codecs, stored)
     )
-    kernel([Job(weight.view(-1), grad.view(-1), None, count, None, codings)], known.scalars, False)
+    kernel(table([Job(weight.view(-1), grad.view(-1), None, count, None, codings)]), known.scalars, False)
     same = ((weight - expected).abs() <= 1e-6 * (before.abs() + expected.abs())).all()
     for codec, (codes, scale), state in zip(codecs, stored, known.states):
         new = getattr(view, state)

@@ -26,6 +26,7 @@ run 60 "kernels compiled ahead of time" python -m tests.ahead_of_time
 run 60 "fused steps" python -m benchmarks.gpu_kernels
 run 45 "AdamW fp32" python -m benchmarks.adamw_step --device cuda
 run 45 "int8 and small tensors" python -m benchmarks.int8_step --device cuda
+run 45 "pages" python -m benchmarks.paging --device cuda
 run 60 "Newton-Schulz" python -m benchmarks.newton_schulz --model llama3_8b --device cuda --rounds 5
 run 90 "60 seconds of training" torchrun --standalone --nproc-per-node 1 launch/pretrain.py --config configs/pretrain_60s.yaml
 if [ "$dry" = --dry-run ]; then

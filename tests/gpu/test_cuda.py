@@ -1,5 +1,7 @@
 """On a CUDA device every rule gives what it gives on the CPU, and a step leaves no tensor on the host."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -87,3 +89,20 @@ def test_one_triangle_equals_full_products(dtype: torch.dtype) -> None:
     x = torch.randn(2, 600, 1500, device="cuda")
     full, triangle = (orthogonalize(x, dtype=dtype, symmetric=symmetric) for symmetric in (False, True))
     assert (full - triangle).float().norm() <= (1e-4 if dtype == torch.float32 else 3e-2) * full.float().norm()
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_paged_states_give_the_same_bits(codec: str, where: str, tmp_path: Path) -> None:
+    ran = []
+    for offload in (None, "cpu" if where == "cpu" else f"disk:{tmp_path}"):
+        generator = torch.Generator().manual_seed(0)
+        param = nn.Parameter(torch.randn((3000, 4100), generator=generator).cuda())
+        optimizer = distopt.AdamW([("weight", param)], lr=1e-2, state_codec=codec, offload=offload)
+        for _ in range(4):
+            param.grad = torch.randn(param.shape, generator=generator).cuda()
+            optimizer.step()
+        ran.append((param.detach(), optimizer.state_dict()["state"][0]))
+    (weight, states), (paged, others) = ran
+    assert torch.equal(weight, paged)
+    assert all(torch.equal(states[name], others[name]) for name in states)

@@ -15,7 +15,34 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupCosine:
+class WarmupConstant:
+    """Linear warmup, then 1; the base of the others.
+
+    Attributes:
+        warmup_steps: steps of linear warmup.
+
+    Raises:
+        ValueError: for a negative warmup.
+    """
+
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check(None, self.warmup_steps, 0)
+
+    def __call__(self, step: int) -> float:
+        """The factor of `step` (0-based)."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        return self.after_warmup(step - self.warmup_steps)
+
+    def after_warmup(self, steps: int) -> float:
+        """The factor so many steps after the warmup."""
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupCosine(WarmupConstant):
     """Linear warmup, then half a cosine down to `min_lr_ratio` at `total_steps` (Loshchilov and Hutter 2017, eq. 5, one
     cycle), and constant beyond.
 
@@ -29,23 +56,19 @@ class WarmupCosine:
     """
 
     total_steps: int
-    warmup_steps: int = 0
     min_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
         _check(self.total_steps, self.warmup_steps, self.min_lr_ratio)
 
-    def __call__(self, step: int) -> float:
-        """The factor of `step` (0-based)."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        length = max(1, self.total_steps - self.warmup_steps)
-        progress = min(1.0, (step - self.warmup_steps) / length)
+    def after_warmup(self, steps: int) -> float:
+        """The factor so many steps after the warmup."""
+        progress = min(1.0, steps / max(1, self.total_steps - self.warmup_steps))
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupStableDecay:
+class WarmupStableDecay(WarmupConstant):
     """Linear warmup, a constant stretch, and a decay of `decay_steps` (Hu et al. 2024, MiniCPM, section 4; the 1-sqrt
     shape is Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations").
 
@@ -64,7 +87,6 @@ class WarmupStableDecay:
     """
 
     total_steps: int | None = None
-    warmup_steps: int = 0
     decay_steps: int
     min_lr_ratio: float = 0.0
     decay_shape: Literal["linear", "sqrt", "cosine"] = "linear"
@@ -85,14 +107,12 @@ class WarmupStableDecay:
                 f"decay_start={self.decay_start}: the warmup takes {self.warmup_steps} steps; start the decay after it"
             )
 
-    def __call__(self, step: int) -> float:
-        """The factor of `step` (0-based)."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        start = self._start()
-        if step < start:
+    def after_warmup(self, steps: int) -> float:
+        """The factor so many steps after the warmup."""
+        into = steps + self.warmup_steps - self._start()
+        if into < 0:
             return 1.0
-        progress = 1.0 if step >= start + self.decay_steps else (step - start) / self.decay_steps
+        progress = 1.0 if into >= self.decay_steps else into / self.decay_steps
         if self.decay_shape == "linear":
             left = 1 - progress
         elif self.decay_shape == "sqrt":
@@ -118,7 +138,7 @@ class WarmupStableDecay:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupLinear:
+class WarmupLinear(WarmupConstant):
     """Linear warmup, then linearly down to `min_lr_ratio` at `total_steps`, and constant beyond (Bergsma et al. 2025,
     arXiv 2502.15938, find the decay to zero best).
 
@@ -132,43 +152,19 @@ class WarmupLinear:
     """
 
     total_steps: int
-    warmup_steps: int = 0
     min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.total_steps, self.warmup_steps, self.min_lr_ratio)
 
-    def __call__(self, step: int) -> float:
-        """The factor of `step` (0-based)."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+    def after_warmup(self, steps: int) -> float:
+        """The factor so many steps after the warmup."""
+        progress = min(1.0, steps / max(1, self.total_steps - self.warmup_steps))
         return 1 - (1 - self.min_lr_ratio) * progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupConstant:
-    """Linear warmup, then 1.
-
-    Attributes:
-        warmup_steps: steps of linear warmup.
-
-    Raises:
-        ValueError: for a negative warmup.
-    """
-
-    warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        _check(None, self.warmup_steps, 0)
-
-    def __call__(self, step: int) -> float:
-        """The factor of `step` (0-based)."""
-        return (step + 1) / self.warmup_steps if step < self.warmup_steps else 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class WarmupInverseSqrt:
+class WarmupInverseSqrt(WarmupConstant):
     """Linear warmup, then √(timescale / (timescale + steps since)), which needs no end (Vaswani et al. 2017, section
     5.3, where the timescale is the warmup; Zhai et al. 2022, arXiv 2106.04560, section 3.5, which has one of its own).
 
@@ -180,7 +176,6 @@ class WarmupInverseSqrt:
         ValueError: for a negative warmup, or a timescale below 1.
     """
 
-    warmup_steps: int = 0
     timescale: int | None = None
 
     def __post_init__(self) -> None:
@@ -188,16 +183,14 @@ class WarmupInverseSqrt:
         if self.timescale is not None and self.timescale < 1:
             raise ValueError(f"timescale={self.timescale}: expected at least 1 step")
 
-    def __call__(self, step: int) -> float:
-        """The factor of `step` (0-based)."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+    def after_warmup(self, steps: int) -> float:
+        """The factor so many steps after the warmup."""
         timescale = self.timescale or self.warmup_steps or 10_000
-        return math.sqrt(timescale / (timescale + step - self.warmup_steps))
+        return math.sqrt(timescale / (timescale + steps))
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupCyclic:
+class WarmupCyclic(WarmupConstant):
     """Linear warmup, then cycles between `min_lr_ratio` and 1 without end.
 
     Attributes:
@@ -212,7 +205,6 @@ class WarmupCyclic:
     """
 
     cycle_steps: int
-    warmup_steps: int = 0
     min_lr_ratio: float = 0.1
     cycle_shape: Literal["triangle", "cosine"] = "triangle"
 
@@ -223,11 +215,9 @@ class WarmupCyclic:
         if self.cycle_shape not in ("triangle", "cosine"):
             raise ValueError(f"cycle_shape={self.cycle_shape!r}: expected 'triangle' or 'cosine'")
 
-    def __call__(self, step: int) -> float:
-        """The factor of `step` (0-based)."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) % self.cycle_steps / self.cycle_steps
+    def after_warmup(self, steps: int) -> float:
+        """The factor so many steps after the warmup."""
+        progress = steps % self.cycle_steps / self.cycle_steps
         high = abs(1 - 2 * progress) if self.cycle_shape == "triangle" else 0.5 * (1 + math.cos(math.pi * progress))
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * high
 

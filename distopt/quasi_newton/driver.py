@@ -19,6 +19,8 @@ from distopt.quasi_newton.vectors import Vectors
 from distopt.rule import require
 from distopt.state.loading import fitting, match_parameters
 
+COUNTS = ("max_iter", "max_eval", "history_size", "update_frequency")
+
 
 class QuasiNewton(torch.optim.Optimizer):
     """Base of the optimizers that step along all parameters at once, with dot products over every rank.
@@ -51,6 +53,8 @@ class QuasiNewton(torch.optim.Optimizer):
             math.isfinite(defaults["lr"]) and defaults["lr"] > 0,
             f"lr must be a finite number > 0, got {defaults['lr']}",
         )
+        for name in COUNTS:
+            require(defaults.get(name, 1) >= 1, f"{name} must be ≥ 1, got {defaults.get(name)}")
         self._process_group = process_group
         self._vectors: Vectors | None = None
         self._numbers: dict[str, float] = {}

@@ -65,9 +65,6 @@ class LBFGS(QuasiNewton):
         **options: Any,
     ) -> None:
         max_eval = max_iter * 5 // 4 if max_eval is None else max_eval
-        require(max_iter >= 1, f"max_iter must be ≥ 1, got {max_iter}")
-        require(max_eval >= 1, f"max_eval must be ≥ 1, got {max_eval}")
-        require(history_size >= 1, f"history_size must be ≥ 1, got {history_size}")
         require(
             line_search_fn in (None, "strong_wolfe"), f"line_search_fn: 'strong_wolfe' or None, got {line_search_fn!r}"
         )

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from distopt.quasi_newton.driver import QuasiNewton, require_finite, require_small
 from distopt.quasi_newton.vectors import Vectors
-from distopt.rule import require
 
 ACCEPTED = 1e-4
 """Least share of the predicted decrease at which a step is taken."""
@@ -55,7 +54,6 @@ class SR1(QuasiNewton):
         process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        require(max_iter >= 1, f"max_iter must be ≥ 1, got {max_iter}")
         defaults = {
             "lr": lr, "max_iter": max_iter, "tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change,
         }  # fmt: skip

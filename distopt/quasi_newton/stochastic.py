@@ -65,7 +65,6 @@ class StochasticLBFGS(_Stochastic):
         process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        require(history_size >= 1, f"history_size must be ≥ 1, got {history_size}")
         require(damping >= 0, f"damping must be ≥ 0, got {damping}")
         defaults = {"lr": lr, "history_size": history_size, "damping": damping}
         super().__init__(params, defaults, process_group, options)
@@ -143,8 +142,6 @@ class MLBFGS(_Stochastic):
         **options: Any,
     ) -> None:
         require(0 <= beta < 1, f"beta must lie in [0, 1), got {beta}")
-        require(history_size >= 1, f"history_size must be ≥ 1, got {history_size}")
-        require(update_frequency >= 1, f"update_frequency must be ≥ 1, got {update_frequency}")
         require(0 < damping <= 1, f"damping must lie in (0, 1], got {damping}")
         require(0 < bounds[0] < 1 < bounds[1], f"bounds must be (low, high) with 0 < low < 1 < high, got {bounds}")
         defaults = {

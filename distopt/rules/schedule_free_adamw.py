@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from distopt.rule import Rule, Shape, State, require
-from distopt.rules.schedule_free_sgd import averaged, towards_average
+from distopt.rule import Shape, State, require
+from distopt.rules.schedule_free_sgd import ScheduleFree
 
 
 @dataclass(frozen=True)
-class ScheduleFreeAdamW(Rule):
+class ScheduleFreeAdamW(ScheduleFree):
     """AdamW with its first moment and its learning-rate schedule replaced by an average of iterates: z takes Adam's steps
     without momentum, x is the average of z, gradients are taken at y = (1 − β₁) z + β₁ x. Names, order and defaults are
     schedulefree's (1.4.1); weight decay acts at y.
@@ -38,7 +38,10 @@ class ScheduleFreeAdamW(Rule):
     weight_lr_power: float = 2.0
 
     reach: ClassVar = "elementwise"
-    modes: ClassVar = True
+
+    @property
+    def beta(self) -> float:
+        return self.betas[0]
 
     def check(self) -> None:
         super().check()
@@ -57,11 +60,5 @@ class ScheduleFreeAdamW(Rule):
         state.exp_avg_sq = state.exp_avg_sq * self.betas[1] + grad * grad * (1 - self.betas[1])
         direction = grad / ((state.exp_avg_sq / h.correction).sqrt() + self.eps) + h.weight_decay * weight
         lr = torch.full_like(state.lr_max, h.warm_lr)
-        share = averaged(state, lr, h.step_weight, self.weight_lr_power)
-        return towards_average(weight, state, direction, lr, share, self.betas[0])
-
-    def evaluated(self, weight: Tensor, state: Any) -> Tensor:
-        return weight + (state.z - weight) * (1 - 1 / self.betas[0])
-
-    def trained(self, weight: Tensor, state: Any) -> Tensor:
-        return weight + (state.z - weight) * (1 - self.betas[0])
+        share = self.share(state, lr, h.step_weight, self.weight_lr_power)
+        return self.towards_average(weight, state, direction, lr, share)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from distopt.rule import Shape, State, Sum, Update, require
 from distopt.rules.prodigy import Prodigy
-from distopt.rules.schedule_free_sgd import averaged, towards_average
+from distopt.rules.schedule_free_sgd import ScheduleFree
 
 
 @dataclass(frozen=True)
-class ScheduleFreeProdigy(Prodigy):
+class ScheduleFreeProdigy(ScheduleFree, Prodigy):
     """Neither a learning rate nor a schedule: z takes Prodigy's steps without a first moment, x is the average of z with
     the weight (largest d·lr so far)², gradients are taken at y = (1 − β₁) z + β₁ x, and d is estimated from them. No paper
     has the combination; both halves are as their authors' code. Options are Prodigy's.
@@ -29,7 +29,9 @@ class ScheduleFreeProdigy(Prodigy):
     trying, not for counting on.
     """
 
-    modes: ClassVar = True
+    @property
+    def beta(self) -> float:
+        return self.betas[0]
 
     def check(self) -> None:
         super().check()
@@ -52,11 +54,5 @@ class ScheduleFreeProdigy(Prodigy):
         self.estimate(state, state.d_numerator * beta3 + gained, length)
 
         direction = d * grad / (state.exp_avg_sq.sqrt() + state.d * self.eps) + h.weight_decay * weight
-        share = averaged(state, step_size, 1.0, 2.0)
-        return towards_average(weight, state, direction, step_size, share, self.betas[0])
-
-    def evaluated(self, weight: Tensor, state: Any) -> Tensor:
-        return weight + (state.z - weight) * (1 - 1 / self.betas[0])
-
-    def trained(self, weight: Tensor, state: Any) -> Tensor:
-        return weight + (state.z - weight) * (1 - self.betas[0])
+        share = self.share(state, step_size, 1.0, 2.0)
+        return self.towards_average(weight, state, direction, step_size, share)

@@ -11,8 +11,39 @@ from torch import Tensor
 from distopt.rule import Rule, Shape, State, require
 
 
+class ScheduleFree(Rule):
+    """Of every Schedule-Free rule: z steps, x is the average of z, gradients are taken at y = (1 − β) z + β x. The model's
+    weights are y while training and x to evaluate and to keep."""
+
+    modes: ClassVar = True
+
+    @property
+    def beta(self) -> float:
+        """β, in (0, 1)."""
+        raise NotImplementedError
+
+    def evaluated(self, weight: Tensor, state: Any) -> Tensor:
+        return weight + (state.z - weight) * (1 - 1 / self.beta)
+
+    def trained(self, weight: Tensor, state: Any) -> Tensor:
+        return weight + (state.z - weight) * (1 - self.beta)
+
+    def share(self, state: Any, lr: Tensor, step_weight: float, power: float) -> Tensor:
+        """c, the share of this step's z in the average x."""
+        state.lr_max = torch.maximum(state.lr_max, lr)
+        weight = step_weight * state.lr_max**power
+        state.weight_sum = state.weight_sum + weight
+        return torch.where(state.weight_sum > 0, weight / state.weight_sum, 0.0)
+
+    def towards_average(self, y: Tensor, state: Any, direction: Tensor, lr: Tensor, share: Tensor) -> Tensor:
+        """The next y, with z stepped against the direction and x moved to it by its share."""
+        y = y + (state.z - y) * share + direction * (lr * (self.beta * (1 - share) - 1))
+        state.z = state.z - lr * direction
+        return y
+
+
 @dataclass(frozen=True)
-class ScheduleFreeSGD(Rule):
+class ScheduleFreeSGD(ScheduleFree):
     """SGD whose average of iterates takes the place of a learning-rate schedule: z steps, x is the average of z, gradients
     are taken at y between the two, momentum of the way from z to x. Names, order and defaults are schedulefree's.
 
@@ -34,7 +65,10 @@ class ScheduleFreeSGD(Rule):
     weight_lr_power: float = 2.0
 
     reach: ClassVar = "elementwise"
-    modes: ClassVar = True
+
+    @property
+    def beta(self) -> float:
+        return self.momentum
 
     def check(self) -> None:
         super().check()
@@ -49,26 +83,5 @@ class ScheduleFreeSGD(Rule):
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Tensor:
         lr = torch.full_like(state.lr_max, h.warm_lr)
-        share = averaged(state, lr, h.step_weight, self.weight_lr_power)
-        return towards_average(weight, state, grad + h.weight_decay * weight, lr, share, self.momentum)
-
-    def evaluated(self, weight: Tensor, state: Any) -> Tensor:
-        return weight + (state.z - weight) * (1 - 1 / self.momentum)
-
-    def trained(self, weight: Tensor, state: Any) -> Tensor:
-        return weight + (state.z - weight) * (1 - self.momentum)
-
-
-def averaged(state: Any, lr: Tensor, step_weight: float, power: float) -> Tensor:
-    """c, the share of this step's z in the average x."""
-    state.lr_max = torch.maximum(state.lr_max, lr)
-    weight = step_weight * state.lr_max**power
-    state.weight_sum = state.weight_sum + weight
-    return torch.where(state.weight_sum > 0, weight / state.weight_sum, 0.0)
-
-
-def towards_average(y: Tensor, state: Any, direction: Tensor, lr: Tensor, share: Tensor, beta: float) -> Tensor:
-    """The next y = (1 − β) z + β x, with z stepped against the direction and x moved to it by its share."""
-    y = y + (state.z - y) * share + direction * (lr * (beta * (1 - share) - 1))
-    state.z = state.z - lr * direction
-    return y
+        share = self.share(state, lr, h.step_weight, self.weight_lr_power)
+        return self.towards_average(weight, state, grad + h.weight_decay * weight, lr, share)

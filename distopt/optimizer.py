@@ -29,6 +29,7 @@ from distopt.rule import require
 from distopt.rules import group_rule, rule_class
 from distopt.state.codecs import STORAGE_OPTIONS, group_storage
 from distopt.state.loading import load_groups
+from distopt.vanishing import Vanishing
 
 ENGINE_OPTIONS: dict[str, Any] = {
     "max_grad_norm": None,
@@ -78,7 +79,8 @@ class Optimizer(torch.optim.Optimizer):
             State dicts and checkpoints hold fp32 and load under any codec; under the same one nothing is lost.
         master_codec: what is kept of fp32 weights beside bfloat16 and float16 parameters: "fp32" (a copy), "bits16" (2 bytes:
             with bfloat16 the same weights, bit for bit), "bits8" (1 byte: 24 bits of each weight), or, as torch does,
-            "none": then updates below half an ulp of a parameter are lost. See `master_state_dict`.
+            "none": then updates below half an ulp of a parameter are lost; a warning says so once most of them are. See
+            `master_state_dict`.
         packed: store half of each symmetric state (factors, Gram matrices, roots) of 1,024 elements or more, in its codec;
             state dicts hold all of it.
         offload: where states lie that are not on the device: "cpu" (pinned host memory beside a GPU), "disk:/path" (a file
@@ -130,6 +132,7 @@ class Optimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.routing: list[tuple[str, str, str]] = []
         self._model: Callable[[], torch.nn.Module | None] | None = None
+        self._vanishing = Vanishing()
         self._bound: Bound | None = None
         self._pending: dict[str, Any] | None = None
         self._shapes: set[tuple[int, ...]] = set()
@@ -235,12 +238,14 @@ class Optimizer(torch.optim.Optimizer):
             self.stepper is None or scale is None,
             "this optimizer steps in backward, where a GradScaler has not unscaled gradients yet; train in bf16",
         )
+        self._vanishing.before(bound, self.param_groups)
         outcome = bound.step(
             self.param_groups,
             self.engine,
             grad_scale=1.0 if scale is None else float(scale),
             found_inf=None if found is None else float(found),
         )
+        self._vanishing.after(bound, self.param_groups, outcome.finite)
         self.last_grad_norm = outcome.norm
         if not outcome.finite:
             self.skipped_steps += 1
@@ -388,6 +393,7 @@ class Optimizer(torch.optim.Optimizer):
         return {
             **{key: self.__dict__[key] for key in kept},
             "_pending": pending,
+            "_vanishing": Vanishing(),
             "_bound": None,
             "_model": None,
             "_constructed": True,
@@ -471,6 +477,11 @@ def _check_group(group: dict[str, Any], position: int) -> None:
     group_storage(group)
     check_strategy(rule, group["strategy"])
     require(group["wire_dtype"] in WIRE, f"wire_dtype: {' or '.join(WIRE)}, got {group['wire_dtype']!r}")
+    if not isinstance(group["split"], str | None):
+        raise TypeError(
+            f"split must be one line of words, such as 'q,k,v' or 'heads=32 cols', got {group['split']!r}; weights with "
+            "splits of their own go into groups of their own"
+        )
     names = group.get("param_names") or [f"group {position} parameter {i}" for i in range(len(group["params"]))]
     if group["split"] and rule.reach == "elementwise":
         warnings.warn(f"split={group['split']!r} is ignored: {group['rule']} sees no matrices", stacklevel=5)

@@ -26,7 +26,7 @@ LEVELS: list[set[str]] = [
     {"backward", "build", "catalog", "checkpoint"},
     {"averaging", "quasi_newton"},
     {"optimizer", "fused"},
-    {"observation"},
+    {"observation", "vanishing"},
     {"bound"},
     {"agreement", "engine", "elementwise", "verdict"},
     {"coded_step"},

@@ -18,7 +18,7 @@ from distopt.optimizer import ENGINE_OPTIONS, Optimizer, optimizer_class
 from distopt.plan.split import parse_split
 from distopt.quasi_newton import DRIVERS, driver_class
 from distopt.rule import Rule, require
-from distopt.rules import rule_class
+from distopt.rules import RULES, nearest, rule_class
 
 HEADS = {"lm_head", "head", "heads", "embed_out", "score", "classifier", "output_layer", "unembed"}
 HIDDEN_MODULES = (nn.Linear, nn.Conv2d, nn.Conv3d)
@@ -79,6 +79,10 @@ def create_optimizer(
     """
     if name in DRIVERS:
         return _create_driver(name, model, lr, weight_decay, options)
+    require(
+        name in RULES,
+        f"no optimizer is called {name!r}{nearest(name, [*RULES, *DRIVERS])} (known: {', '.join([*RULES, *DRIVERS])})",
+    )
     engine = {key: options.pop(key) for key in list(options) if key in ENGINE_OPTIONS}
     groups, own, routing = parameter_groups(
         name,

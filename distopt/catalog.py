@@ -11,7 +11,7 @@ import torch
 
 from distopt.quasi_newton import DRIVERS, driver_class
 from distopt.rule import Rule, Shape, State
-from distopt.rules import RULES, rule_class
+from distopt.rules import RULES, nearest, rule_class
 
 MATRIX, VECTOR = Shape(1009, 2003), Shape(1, 2003, 1)
 """Example shapes whose sizes no rule's constants can be mistaken for; what is said about them is said about any."""
@@ -61,6 +61,9 @@ def optimizer_info(name: str) -> OptimizerInfo:
     """
     if name in DRIVERS:
         return _driver_info(name)
+    if name not in RULES:
+        known = list_optimizers()
+        raise ValueError(f"no optimizer is called {name!r}{nearest(name, known)} (known: {', '.join(known)})")
     cls = rule_class(name)
     rule = cls()
     return OptimizerInfo(

@@ -26,6 +26,7 @@ from distopt.layouts import layout_of, local_tensor, reshard
 from distopt.layouts.base import Layout
 from distopt.names import strip_prefixes
 from distopt.plan.geometry import geometry_of
+from distopt.quasi_newton.driver import QuasiNewton
 from distopt.rule import Shape, State
 from distopt.rules import group_rule
 from distopt.state.agreement import Ranks
@@ -86,8 +87,9 @@ def save(
         CheckpointError: the same on every rank; what was there before is intact. Also in the middle of an accumulation, whose
             gradients would be lost.
         ValueError: a parameter of the optimizer is not in the model.
+        TypeError: a quasi-Newton method.
     """
-    bound: Bound = optimizer._bind()
+    bound = _bound(optimizer)
     with Ranks(None).together():
         if bound.accumulates():
             raise CheckpointError(
@@ -115,6 +117,17 @@ def save(
     write(Path(path), pieces, document)
 
 
+def _bound(optimizer: Any) -> Bound:
+    if isinstance(optimizer, QuasiNewton):
+        raise TypeError(
+            f"distopt.checkpoint holds the states of rules, not the vectors of {type(optimizer).__name__}; torch's own "
+            "checkpoint does: torch.distributed.checkpoint.save({'model': model.state_dict(), 'optimizer': "
+            "get_optimizer_state_dict(model, optimizer)}, checkpoint_id=path), which goes on bit for bit"
+        )
+    bound: Bound = optimizer._bind()
+    return bound
+
+
 def _once(parts: list[_Part]) -> list[_Part]:
     """What this rank is the first to have of what several ranks hold alike (replicas); collective. Empty parts stay: they
     tell of tensors without elements."""
@@ -136,8 +149,9 @@ def load(
 
     Raises:
         CheckpointError: damaged or missing files, missing or unexpected tensors, shapes that differ, other groups.
+        TypeError: a quasi-Newton method.
     """
-    bound: Bound = optimizer._bind()
+    bound = _bound(optimizer)
     ranks = Ranks(None)
     with ranks.together():
         reader = Reader(Path(path))

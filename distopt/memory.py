@@ -19,7 +19,7 @@ from distopt.plan.geometry import logical_of
 from distopt.plan.held import state_bytes as planned_bytes
 from distopt.plan.paper import Mesh, tensor_parallel_dim
 from distopt.rule import Rule, require
-from distopt.rules import RULES, rule_class
+from distopt.rules import RULES, nearest, rule_class
 from distopt.state.grouping import planned_group
 
 
@@ -54,8 +54,8 @@ def state_bytes(
     """
     require(
         name in RULES,
-        f"no rule is called {name!r} (known: {', '.join(RULES)}); quasi-Newton methods name their vectors in "
-        "optimizer_info(name).vector_states",
+        f"no rule is called {name!r}{nearest(name, RULES)} (known: {', '.join(RULES)}); quasi-Newton methods name their "
+        "vectors in optimizer_info(name).vector_states",
     )
     model = model_or_shapes if isinstance(model_or_shapes, nn.Module) else model_of_shapes(dict(model_or_shapes))
     mesh = Mesh.parse(layout) if isinstance(layout, str) else layout

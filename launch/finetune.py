@@ -176,7 +176,6 @@ def main(arguments: Sequence[str]) -> None:
     seconds = time.perf_counter() - start
 
     saved = directory / "model"
-    save_model(model, tokenizer, config.method, saved)
     rows = {
         "run": f"{config.method.kind}, {steps} steps; {steps - first_step} steps here in {seconds:.0f} s",
         "trained": f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
@@ -185,6 +184,8 @@ def main(arguments: Sequence[str]) -> None:
         "memory": human_bytes(memory_in_use(device)),
         "model": f"{saved}",
     }
+    base = directory / "base" if config.model.path is None else None
+    save_model(model, tokenizer, config.method, saved, base)
     picture = plot_losses(directory, title=f"{config.optimizer.name}, {config.method.kind}", unit=UNIT)
     print(summary({**rows, **loss_rows(directory, UNIT), "loss curves": f"{picture}"}))
 
@@ -296,12 +297,17 @@ def memory_rows(choice: Choice, config: FinetuneConfig) -> dict[str, str]:
     }
 
 
-def save_model(model: Any, tokenizer: Any, method: MethodConfig, path: Path) -> None:
-    """A directory that from_pretrained loads: the model, or LoRA's adapter."""
+def save_model(model: Any, tokenizer: Any, method: MethodConfig, path: Path, base: Path | None) -> None:
+    """A directory that from_pretrained loads: the model, or LoRA's adapter, which names the model that it belongs to. A
+    model that was made here is written to `base` for that."""
     save: Callable[[Path], Any] = model.save_pretrained
     if method.kind != "full" and method.merged:
         save = model.merge_and_unload().save_pretrained
+    elif method.kind != "full" and base is not None:
+        model.active_peft_config.base_model_name_or_path = str(base.resolve())
     save(path)
+    if method.kind != "full" and not method.merged and base is not None:
+        model.unload().save_pretrained(base)
     tokenizer.save_pretrained(path)
 
 

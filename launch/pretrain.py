@@ -303,8 +303,16 @@ def build_schedule(config: Config) -> Callable[[int], float]:
     """The factor of the learning rate, as a function of the updates done.
 
     Raises:
-        ValueError: for warmup or decay that do not fit into train.steps.
+        ValueError: for warmup or decay that do not fit into train.steps, naming the keys.
     """
+    try:
+        return _schedule(config)
+    except ValueError as error:
+        message = str(error).replace("total_steps", "train.steps")
+        raise ValueError(message if message.startswith("train.") else f"schedule.{message}") from None
+
+
+def _schedule(config: Config) -> Callable[[int], float]:
     chosen, steps = config.schedule, config.train.steps
     warmup, low = chosen.warmup_steps, chosen.min_lr_ratio
     match chosen.kind:

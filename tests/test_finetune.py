@@ -61,6 +61,20 @@ def test_lora_trains_few_weights_and_saves_an_adapter_or_a_whole_model(tmp_path:
     assert again == pytest.approx(lines[-1]["val_loss"], rel=1e-4)
 
 
+def test_an_adapter_of_the_built_in_model_finds_its_base(tmp_path: Path) -> None:
+    import peft
+
+    lines = run(tmp_path / "lora", "--method.kind=lora")
+    for cls in (transformers.AutoModelForCausalLM, peft.AutoPeftModelForCausalLM):
+        model = cls.from_pretrained(tmp_path / "lora" / "model")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "lora" / "model")
+        _, held_out, _ = load_examples(ExamplesConfig(max_length=48), tokenizer)
+        again = finetune.evaluate(model, tokenizer, held_out[:4], 4, torch.device("cpu"))
+        assert again == pytest.approx(lines[-1]["val_loss"], rel=1e-4)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lora" / "base")
+    assert finetune.evaluate(base, tokenizer, held_out[:4], 4, torch.device("cpu")) > again + 0.01
+
+
 @pytest.mark.parametrize("release", ["false", "true"])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, release: str) -> None:
     options = ["--memory.state_codec=int8", f"--memory.step_in_backward={release}", "--train.micro_batch_size=2"]
@@ -145,6 +159,7 @@ def test_the_parts_are_those_of_the_tensors_that_are_made(tmp_path: Path) -> Non
         (["--data.path=nowhere.jsonl"], "no such file"),
         (["--train.batch_size=4", "--train.micro_batch_size=3"], "is no multiple of"),
         (["--memry.budget=1GiB"], "did you mean"),
+        (["--train.steps=5", "--schedule.warmup_steps=6"], "schedule.warmup_steps=6: expected 0 to train.steps=5"),
     ],
 )
 def test_bad_settings_end_before_anything_starts(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -217,6 +217,24 @@ def test_wrong_arguments_end_with_a_message(words: list[str], said: str, tmp_pat
     assert said in str(ended.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "required: command; `distopt --help` explains"),
+        (["plan", "--mesh", "dp=2", "--optimizer", "muon"], "--model; `distopt plan --help` explains"),
+        (["plan", "--model", "x", "--mesh", "dp=2", "--optimzer", "muon"], "(--optimzer: did you mean --optimizer?)"),
+        (["plan", "--model", "x", "--mesh", "dp=2", "--optimizer", "muon", "--partitoin"], "did you mean --partition?"),
+        (["plan", "--model", "x", "--mesh", "dp=2", "--optimizer", "muon", "--compare", "adamw"], "not allowed with"),
+        (["plam"], "invalid choice: 'plam'"),
+    ],
+)
+def test_wrong_usage_ends_with_one_line_that_says_what_was_meant(words: list[str], said: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert said in str(ended.value)
+    assert "\n" not in str(ended.value)
+
+
 def test_options_are_values_of_json_dtypes_or_words() -> None:
     found = read_options(
         ["--optimizer.betas", "[0.9, 0.5]", "--optimizer.ns_dtype=bfloat16", "--optimizer.ns", "gram", "--rest.eps", "1e-9",

@@ -537,6 +537,18 @@ def test_torchs_checkpoint_carries_the_state_to_other_ranks(optimizer: str, opti
         torch.testing.assert_close(found, went_on, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", DRIVERS.values())
+def test_the_native_checkpoint_names_the_one_that_takes_them(name: str, tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    built = getattr(distopt, name)(model.parameters())
+    for use in (distopt.checkpoint.save, distopt.checkpoint.load):
+        with pytest.raises(
+            TypeError, match=rf"not the vectors of {name}; .*get_optimizer_state_dict\(model, optimizer\)"
+        ):
+            use(tmp_path / "step", model=model, optimizer=built)
+    assert not (tmp_path / "step").exists()
+
+
 def quadratic(x: Tensor, optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Plan, print, write."""
-    options = read_options(rest)
+    options = read_options(rest, [f"--{name.replace('_', '-')}" for name in vars(arguments)])
     mesh = Mesh.parse(arguments.mesh)
     gpu = arguments.device == "cuda"
     rates = load_rates(arguments.rates or ("h100" if gpu else "cpu"))
@@ -178,9 +179,9 @@ def read_model(source: str) -> nn.Module:
     raise ValueError(f"--model {source}: neither a transformers config (no model_type) nor an object of name → [sizes]")
 
 
-def read_options(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+def read_options(words: Sequence[str], known: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """{"optimizer": …, "rest": …} from `--optimizer.NAME VALUE` and `--rest.NAME=VALUE`; values are JSON, names of torch
-    dtypes, or strings.
+    dtypes, or strings. `known` are the options that there are beside these.
 
     Raises:
         ValueError: anything else, or an option without a value.
@@ -191,8 +192,10 @@ def read_options(words: Sequence[str]) -> dict[str, dict[str, Any]]:
         word = queue.pop(0)
         target, _, name = word.removeprefix("--").partition(".")
         if not word.startswith("--") or target not in found or not name:
+            near = get_close_matches(word, known, n=1)
             raise ValueError(
-                f"unknown argument {word!r}; options of a rule are --optimizer.NAME VALUE or --rest.NAME VALUE"
+                f"unknown argument {word!r}{f', did you mean {near[0]}?' if near else ''}; options of a rule are "
+                "--optimizer.NAME VALUE or --rest.NAME VALUE"
             )
         if not queue:
             raise ValueError(f"{word} needs a value")

@@ -38,7 +38,9 @@ Without states (sgd, lomo): convolutions with a schedule; fine-tuning where not 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -97,13 +99,14 @@ def rule_class(name: str) -> type[Rule]:
         ValueError: there is none; names the nearest.
     """
     if name not in RULES:
-        import difflib
-
-        near = difflib.get_close_matches(str(name).lower(), RULES, n=1)
-        raise ValueError(
-            f"no rule is called {name!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(RULES)})"
-        )
+        raise ValueError(f"no rule is called {name!r}{nearest(name, RULES)} (known: {', '.join(RULES)})")
     return getattr(importlib.import_module(f"distopt.rules.{name}"), RULES[name])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error about a name that is not known: which one was meant, if any is near."""
+    near = get_close_matches(str(name).lower(), known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def group_rule(group: dict[str, Any]) -> Rule:

@@ -722,6 +722,33 @@ def test_two_ranks_resume_bit_for_bit_and_take_the_steps_of_one_process(tmp_path
             assert one[name] == pytest.approx(two[name], rel=1e-3)  # gradients summed in another order, six Muon steps
 
 
+SOPHIA = ["--optimizer.estimate_every", "2", "--optimizer.lr", "1e-3", "--optimizer.name"]
+
+
+def test_sophia_g_on_two_ranks_learns_and_resumes_bit_for_bit(tmp_path, text_folder):
+    """Between its estimates, and with labels that every rank draws for its own sequences."""
+    arguments = [*TINY, *RUN, "--data.path", str(text_folder), *SOPHIA, "sophia_g"]
+    torchrun(tmp_path, 2, *arguments, "--logging.dir", "whole")
+    losses = [line["loss"] for line in read_lines(tmp_path / "whole") if "loss" in line]
+    assert losses[-1] < losses[0]
+    interrupted_copy(tmp_path / "whole", 3, tmp_path / "resumed")
+    torchrun(tmp_path, 2, *arguments, "--logging.dir", "resumed", "--checkpoint.resume", "must")
+    saved = saved_tensors(tmp_path / "whole")
+    assert saved_tensors(tmp_path / "resumed") == saved
+    assert any("hessian" in name for name in saved)
+
+
+def test_sophia_h_on_two_ranks_takes_the_steps_of_one_process(tmp_path, text_folder, monkeypatch):
+    """Its random signs are those of whole parameters, so the estimate is that of one process up to the order of sums."""
+    arguments = [*TINY, *RUN, "--data.path", str(text_folder), *SOPHIA, "sophia_h"]
+    torchrun(tmp_path, 2, *arguments, "--logging.dir", "ranks")
+    monkeypatch.chdir(tmp_path)
+    pretrain.main([*arguments, "--logging.dir", "alone"])
+    for one, two in zip(read_lines(tmp_path / "alone"), read_lines(tmp_path / "ranks"), strict=True):
+        for name in one:
+            assert one[name] == pytest.approx(two[name], rel=1e-3)
+
+
 def test_a_fresh_run_never_writes_into_another_runs_folder(tmp_path, text_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [*TINY, "--train.steps", "1", "--data.path", str(text_folder), "--logging.dir", "runs/mine"]

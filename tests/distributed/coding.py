@@ -5,8 +5,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import distopt
+from distopt.state.units import MASTER
 from tests.distributed.layouts import LAYOUTS, Full, lay_out, local_tensor
 from tests.distributed.training import gradients, weights
 
@@ -22,6 +25,7 @@ CODED = {
     "experts": (3, 20, 130),
     "empty": (0, 8),
 }
+BLOCKS = {"q": (144, 192), "out": (192, 144), "up": (200, 96), "down": (96, 200), "router": (12, 96), "norm": (1500,)}
 MATRICES = {"wide": (18, 130), "tall": (200, 24), "square": (40, 40), "large": (72, 300), "small": (6, 5)}
 
 
@@ -86,7 +90,8 @@ def on_ranks(
     for group in bound.groups:
         for number, window in enumerate(group.windows):
             name = window.spec.name
-            for key in group.units.of[number].stores if number in group.units.of else ():
+            kept = (*group.units.of[number].stores, MASTER) if number in group.units.of else ()
+            for key in (key for key in kept if key in states[name]):
                 mine = group.units.read(number, None, key)
                 whole = laid.local(name, states[name][key]).flatten()[window.start : window.stop]
                 wrong += [f"{name}/{key}"] * (not torch.equal(mine, whole))
@@ -95,3 +100,34 @@ def on_ranks(
             wrong += [f"{name}/{key}"] * (not torch.equal(store.matrix(), states[name][key]))
     dist.barrier()
     return wrong, traffic
+
+
+def masters(master_codec: str, sharded: bool) -> dict[str, Tensor]:
+    """A model's state dict with its master weights, whole, after some steps in bfloat16: of this process, or under FSDP2,
+    where they have to lie as the parameters do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(50, 70), nn.BatchNorm1d(70), nn.Linear(70, 33), nn.Linear(33, 1)).bfloat16()
+    if sharded:
+        fully_shard(model)
+    built = distopt.create_optimizer("adamw", model, lr=1e-4, master_codec=master_codec, state_codec="int8")
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        for param in model.parameters():
+            grad = torch.randn(param.shape, generator=generator).bfloat16()
+            cut = isinstance(param, DTensor)
+            param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if cut else grad
+        built.step()
+    found = built.master_state_dict(model)
+    assert list(found) == list(model.state_dict())
+    for name, param in model.named_parameters():
+        assert found[name].dtype is torch.float32
+        assert isinstance(found[name], DTensor) == sharded
+        assert not sharded or found[name].placements == param.placements
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
+
+
+def masters_differ(master_codec: str, expected: dict[str, Tensor]) -> list[str]:
+    """The names of what a sharded model's master state dict has otherwise."""
+    found = masters(master_codec, sharded=True)
+    assert found.keys() == expected.keys()
+    return [name for name, value in found.items() if not torch.equal(value, expected[name])]

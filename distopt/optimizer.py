@@ -477,11 +477,6 @@ def _check_group(group: dict[str, Any], position: int) -> None:
     group_storage(group)
     check_strategy(rule, group["strategy"])
     require(group["wire_dtype"] in WIRE, f"wire_dtype: {' or '.join(WIRE)}, got {group['wire_dtype']!r}")
-    if not isinstance(group["split"], str | None):
-        raise TypeError(
-            f"split must be one line of words, such as 'q,k,v' or 'heads=32 cols', got {group['split']!r}; weights with "
-            "splits of their own go into groups of their own"
-        )
     names = group.get("param_names") or [f"group {position} parameter {i}" for i in range(len(group["params"]))]
     if group["split"] and rule.reach == "elementwise":
         warnings.warn(f"split={group['split']!r} is ignored: {group['rule']} sees no matrices", stacklevel=5)

@@ -11,6 +11,9 @@ takes a second backward pass (`two_pass=True`), whose random numbers are those o
         model(batch).loss.backward()
     optimizer.step()
 
+Gradients are not held for that in place of the second pass: rounded to fewer bits they would be others, and whole ones are what
+release is to save.
+
 Gradient accumulation: `with stepper.accumulate(): …` around all micro-batches but the last one of a pass.
 """
 

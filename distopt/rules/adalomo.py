@@ -25,7 +25,7 @@ class AdaLomo(Rule):
     It pays where AdamW's states and the gradients do not fit, in fine-tuning; its states are a row and a column. The
     authors report parity with AdamW there; no third party's figure is known to us.
 
-    Start: lr 5e-4 for instruction tuning (the paper, LLaMA of 7B and more).
+    Start: lr 5e-4 for instruction tuning of a LLaMA of 7B (the authors' script, github.com/OpenLMLab/LOMO).
     """
 
     lr: float = 1e-3

@@ -20,7 +20,8 @@ class LOMO(Rule):
     It pays for fine-tuning where not even the gradients fit. Without momentum and without adaptation it lags behind
     AdamW, which is why its authors followed it with AdaLomo.
 
-    Start: lr 0.03 with a global clip at 1.0 for fine-tuning (the example of github.com/OpenLMLab/LOMO).
+    Start: lr 0.03 with a global clip at 1.0 for fine-tuning (args_lomo.yaml of
+    github.com/OpenLMLab/LOMO).
     """
 
     lr: float = 1e-3

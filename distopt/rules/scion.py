@@ -29,7 +29,8 @@ class Scion(Rule):
     layers are Muon's up to decay, and so is their gain: at most 1.4 times over a tuned AdamW at 0.1B parameters, about
     1.1 at 1.2B (arXiv 2509.02046).
 
-    Start: lr 2.4e-4, momentum 0.9, scale 50, and 3000 for the head, at 124M parameters (github.com/LIONS-EPFL/scion).
+    Start: lr 2.4e-4, momentum 0.9, scale 50, and 3000 for the head, at 124M parameters (the README of
+    github.com/LIONS-EPFL/scion, whose momentum is 1 − ours).
     """
 
     lr: float = 1e-3

@@ -15,11 +15,12 @@ from distopt.rule import Max, Rule, Shape, State, Update, require
 class SM3(Rule):
     """AdaGrad with one accumulator per row and one per column of a matrix, whose minimum bounds each element's own.
 
-    lr is the size of the first step in each coordinate, as AdaGrad's; 0.1 is usual, after a warmup. On vectors this is
+    lr is the size of the first step in each coordinate, as AdaGrad's. On vectors this is
     AdaGrad. `momentum` averages steps, not gradients, and costs a state as large as the weights. Tensors of three dims
     or more are stacks of matrices over their last two, where the paper has an accumulator for each dim.
 
-    Start: lr 0.1, momentum 0.9, with a warmup (the paper, BERT-Large).
+    Start: lr 0.1 (the default here, untuned), a warmup over 5 % of the steps and no decay (the authors' README,
+    github.com/google-research/google-research, sm3).
     """
 
     lr: float = 0.1

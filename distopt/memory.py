@@ -16,7 +16,7 @@ from distopt.layouts import Layout, Sharded, layout_of, reshard
 from distopt.optimizer import GROUP_OPTIONS
 from distopt.plan.build import Spec, plan_group
 from distopt.plan.geometry import logical_of
-from distopt.plan.held import state_bytes as planned_bytes
+from distopt.plan.pages import device_bytes, plan_pages
 from distopt.plan.paper import Mesh, tensor_parallel_dim
 from distopt.rule import Rule, require
 from distopt.rules import RULES, nearest, rule_class
@@ -31,9 +31,11 @@ def state_bytes(
     layout: str | Mesh | None = None,
     partition: bool = False,
     on_rank: int | None = None,
+    offload: str | dict[str, float] | None = None,
+    device_budget: int | str | None = None,
     **options: Any,
 ) -> int:
-    """Bytes of state that `create_optimizer(name, model, …)` keeps on one rank.
+    """Bytes of state that `create_optimizer(name, model, …)` keeps on the device of one rank.
 
     These are the bytes of every state's own elements and scales. Beside them there are one counter per group, and less
     than 64 bytes per group and state where small tensors are packed together.
@@ -47,6 +49,7 @@ def state_bytes(
             None: as the parameters lie, shapes whole on one rank.
         partition: replicas (all ranks) partition states over themselves, as with `process_group=`.
         on_rank: which one; None: this process, or 0 of a mesh on paper.
+        offload, device_budget: as of optimizers; slots that pages pass through count, what lies elsewhere does not.
         options: further ones of `create_optimizer` and of the rule: `rest`, `amsgrad`, `rank`, …
 
     Raises:
@@ -70,19 +73,28 @@ def state_bytes(
     replicas = tuple(range(size)) if partition else None
     reshard(model)
     groups, own, _ = parameter_groups(name, model, lr=1e-3, **options)
-    total = 0
+    plans = []
     for group in groups:
         rule_name = group.get("rule", name)
         defaults = {f.name: f.default for f in fields(rule_class(rule_name))}
         given = own if rule_name == name else {}
-        settled = {**defaults, **GROUP_OPTIONS, **given, **group, "rule": rule_name, "state_codec": state_codec}
+        settled = {
+            **defaults,
+            **GROUP_OPTIONS,
+            **given,
+            **group,
+            "rule": rule_name,
+            "state_codec": state_codec,
+            "offload": offload,
+        }
         specs = []
         for key, param in group["params"]:
             found = _on_paper(mesh, rank, key, param) if mesh is not None else layout_of(param, rank)
             specs.append(Spec(key, found, found.ranks.index(rank), param.element_size()))
         plan = plan_group(planned_group(settled, specs, replicas, gpu=param.is_cuda), rank)
-        total += planned_bytes(plan)[0] + sum(_statistics_of_nothing(plan.rule, spec) for spec in plan.specs)
-    return total
+        plans.append(plan)
+    plan_pages(plans, device_budget)
+    return device_bytes(plans) + sum(_statistics_of_nothing(plan.rule, spec) for plan in plans for spec in plan.specs)
 
 
 def _statistics_of_nothing(rule: Rule, spec: Spec) -> int:

@@ -23,12 +23,14 @@ class MemoryConfig:
         step_in_backward: step parameters as their gradients arrive, so that only the largest gradient is ever held. With
             optimizer.max_grad_norm or optimizer.nonfinite each step then takes two backward passes.
         activation_checkpointing: recompute activations in the backward pass.
+        offload: where states lie that are not on the device, cpu or disk:/path; null keeps them there.
     """
 
     budget: str | None = None
     state_codec: Literal["fp32", "bf16", "bf16_sr", "int8", "int4", "fp8"] | None = None
     step_in_backward: bool | None = None
     activation_checkpointing: bool | None = None
+    offload: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def choose_memory(
         ladder.append(replace(chosen, activation_checkpointing=True))
     budget = None if config.budget is None else parse_bytes(config.budget)
     for choice in ladder:
-        measured = replace(choice, parts=memory_parts(choice, model, rule, options, sequences=sequences, length=length))
+        given = {**options, "offload": config.offload}
+        measured = replace(choice, parts=memory_parts(choice, model, rule, given, sequences=sequences, length=length))
         if budget is None or measured.total <= budget:
             return measured
     table = ", ".join(f"{name} {count / 2**20:.1f} MiB" for name, count in measured.parts.items())

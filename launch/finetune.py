@@ -122,6 +122,7 @@ def main(arguments: Sequence[str]) -> None:
         max_grad_norm=config.optimizer.max_grad_norm,
         nonfinite=config.optimizer.nonfinite,
         state_codec=choice.state_codec,
+        offload=config.memory.offload,
         **options,
     )
     two_pass = config.optimizer.max_grad_norm is not None or config.optimizer.nonfinite is not None
@@ -289,7 +290,7 @@ def memory_rows(choice: Choice, config: FinetuneConfig) -> dict[str, str]:
     two_pass = config.optimizer.max_grad_norm is not None or config.optimizer.nonfinite is not None
     passes = ", two backward passes per step" if two_pass else ""
     return {
-        "states": f"{config.optimizer.name}, {choice.state_codec}",
+        "states": f"{config.optimizer.name}, {choice.state_codec}, on {config.memory.offload or 'the device'}",
         "gradients": f"freed as they arrive{passes}" if choice.step_in_backward else "kept until the step",
         "activations": "recomputed" if choice.activation_checkpointing else "kept",
         **{f"bytes of {name}": human_bytes(count) for name, count in choice.parts.items()},

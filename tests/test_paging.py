@@ -461,3 +461,10 @@ def test_state_is_shown_by_state_dicts_alone() -> None:
     shown: Tensor = built.state[params["matrix"]]["exp_avg"]
     assert shown.is_meta
     assert built.state_dict()["state"][0]["exp_avg"].any()
+
+
+@pytest.mark.parametrize("options", [{"offload": "cpu"}, {"offload": "cpu", "device_budget": "3MiB"}, {}])
+def test_state_bytes_are_those_on_the_device(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(700, 900), nn.Linear(900, 30))
+    built = distopt.create_optimizer("adamw", model, lr=1e-3, **options)
+    assert distopt.state_bytes("adamw", model, **options) == built.plan.summary()["device_state_bytes"]

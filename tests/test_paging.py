@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -328,6 +329,31 @@ def test_a_file_that_was_cut_or_deleted_is_noticed_before_anything_changes(paged
     assert all(torch.equal(param, before[name]) for name, param in params.items())
 
 
+def test_pages_made_anew_outlive_those_that_were_deleted(paged: Any) -> None:
+    _, built, path = paged
+    path.unlink()
+    other, anew = build("AdamW", MIXED, lr=1e-2, offload=f"disk:{path.parent}")
+    train(other, anew, range(1), gaps=False)
+    built._bind().pager._finalizer()
+    assert path.exists()
+    train(other, anew, range(1, 2), gaps=False)
+
+
+def test_a_file_that_is_deleted_while_it_is_claimed_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, taken = fcntl.flock, []
+
+    def delete_and_lock(handle: int, how: int) -> None:
+        if not taken:
+            taken.append(1)
+            (tmp_path / "rank00000-0.pages").unlink()
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", delete_and_lock)
+    train(*build("AdamW", SMALL, lr=1e-2, offload=f"disk:{tmp_path}"), range(2))
+
+
 def test_what_a_dead_run_left_is_never_read(tmp_path: Path) -> None:
     (tmp_path / "rank00000-0.pages").write_bytes(b'{"run": "dead", "pid": 1}'.ljust(4096, b"\0") + b"\xff" * (1 << 22))
     other, resident = (build("AdamW", MIXED, lr=1e-2, offload=o) for o in (f"disk:{tmp_path}", None))
@@ -362,9 +388,12 @@ def test_a_child_that_is_forked_leaves_pages_alone(paged: Any) -> None:
     params, built, path = paged
     child = os.fork()
     if child == 0:
+        for use in (built.step, built.state_dict):
+            with pytest.raises(ValueError, match="which this one was forked from"):
+                use()
         built._bind().pager._finalizer()
         os._exit(0)
-    os.waitpid(child, 0)
+    assert os.waitpid(child, 0)[1] == 0
     assert path.exists()
     train(params, built, range(2, 3))
 

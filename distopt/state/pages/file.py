@@ -103,9 +103,10 @@ class PageFile:
             raise PageError(f"{self.path}: the page at byte {page.offset} cannot be written: {error}") from error
 
     def close(self) -> None:
-        """Delete the file, and let go of it."""
+        """Delete the file, unless somebody did and another has its name by now, and let go of it."""
         if self._handle >= 0:
-            self.path.unlink(missing_ok=True)
+            if _is_at(self._handle, self.path):
+                self.path.unlink()
             os.close(self._handle)
             self._handle = -1
 
@@ -138,8 +139,19 @@ def _claim(directory: Path, rank: int) -> tuple[Path, int]:
                     f"offload: {path} is in use by process {owner}, another run; give each run a directory of its own"
                 ) from None
             continue
+        if not _is_at(handle, path):  # whoever had it has deleted it in between
+            os.close(handle)
+            return _claim(directory, rank)
         return path, handle
     raise ValueError(f"offload: a thousand optimizers of this process page to {directory}")
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether this is the file of this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat(follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def _owner(path: Path) -> int | None:

@@ -4,7 +4,7 @@ finished; what was started first is through first."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distopt.plan.pages import Page
-from distopt.state.pages.file import PageFile, aligned
+from distopt.state.pages.file import PageError, PageFile, aligned
 from distopt.state.pages.pool import Pool, pin
 
 THREADS = 2
@@ -46,7 +46,18 @@ class HostMover:
 
     def start_read(self, page: Page, slot: Slot) -> None:
         """Bring a page."""
-        slot.work = self.threads.submit(self._load, page, slot.buffer, self._written.get(page))
+        slot.work = self._submit(self._load, page, slot.buffer, self._written.get(page))
+
+    def trouble(self) -> str | None:
+        """Why nothing can be moved from here, or what happened to a place, if so."""
+        if os.getpid() != self._process:
+            return f"they are of process {self._process}, which this one was forked from"
+        return next((found for place in self.places.values() if (found := place.trouble()) is not None), None)
+
+    def _submit(self, work: Callable[..., None], *args: Any) -> Future[None]:
+        if os.getpid() != self._process:  # where these threads do not run
+            raise PageError(f"pages of states cannot be moved: {self.trouble()}")
+        return self.threads.submit(work, *args)
 
     def _load(self, page: Page, into: Tensor, written: Future[None] | None) -> None:
         if written is not None:  # it was submitted before, so it runs, or is done
@@ -58,7 +69,7 @@ class HostMover:
 
     def start_write(self, page: Page, slot: Slot) -> None:
         """Take a page away."""
-        slot.work = self._written[page] = self.threads.submit(self.places[page.tier].save, page, slot.buffer)
+        slot.work = self._written[page] = self._submit(self.places[page.tier].save, page, slot.buffer)
 
     def let_go(self, slot: Slot) -> None:
         """A slot that is not written back."""
@@ -105,7 +116,7 @@ class CudaMover(HostMover):
             self.inward.wait_stream(self.outward)
             self._copy_in(place.view(page), slot)
             return
-        slot.work = self.threads.submit(self._read_file, page, slot, self._written.get(page))
+        slot.work = self._submit(self._read_file, page, slot, self._written.get(page))
 
     def _read_file(self, page: Page, slot: Slot, written: Future[None] | None) -> None:
         assert slot.staging is not None
@@ -132,7 +143,7 @@ class CudaMover(HostMover):
             target[: page.nbytes].copy_(slot.buffer[: page.nbytes], non_blocking=True)
             slot.free.record(self.outward)
         if isinstance(place, PageFile):
-            slot.work = self._written[page] = self.threads.submit(self._write_file, place, page, slot)
+            slot.work = self._written[page] = self._submit(self._write_file, place, page, slot)
 
     def _write_file(self, place: PageFile, page: Page, slot: Slot) -> None:
         assert slot.staging is not None

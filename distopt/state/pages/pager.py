@@ -65,8 +65,7 @@ class Pager:
     def alarm(self) -> str | None:
         """Why no step can be taken, if so."""
         if self.failure is None:
-            troubles = (place.trouble() for place in self._mover.places.values())
-            self.failure = next((trouble for trouble in troubles if trouble is not None), None)
+            self.failure = self._mover.trouble()
         if self.failure is None:
             return None
         return f"pages of states are lost: {self.failure}. Build the optimizer anew and load the last checkpoint"

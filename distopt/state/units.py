@@ -173,9 +173,11 @@ class Units:
                     for number, value in given.items():
                         flat[unit.parts[number]] = value.to(flat).reshape(-1)
                     found.append((unit, name, flat))
-        agreed = self.agreed([(unit, name, unit.stores[name].cut_maxima(flat)) for unit, name, flat in found])
+        agreed = self.agreed(
+            [(unit, name, unit.stores[name].cut_maxima(flat)) for unit, name, flat in found if unit.slots[name]]
+        )
         for unit, name, flat in found:
-            unit.stores[name].write(flat, agreed[id(unit.stores[name])], Key(0, 0, ""))
+            unit.stores[name].write(flat, agreed.get(id(unit.stores[name])), Key(0, 0, ""))
 
     def walk(self, sections: list[tuple[Unit, Section]], *, write: bool = True) -> Iterator[tuple[Unit, Section]]:
         """These sections in turn, to be read and, with `write`, written. Those to come are fetched meanwhile."""

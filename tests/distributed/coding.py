@@ -103,8 +103,8 @@ def on_ranks(
 
 
 def masters(master_codec: str, sharded: bool) -> dict[str, Tensor]:
-    """A model's state dict with its master weights, whole, after some steps in bfloat16: of this process, or under FSDP2,
-    where they have to lie as the parameters do."""
+    """A model's state dict with its master weights, whole, after some steps in bfloat16, between which all states are loaded
+    again: of this process, or under FSDP2, where they have to lie as the parameters do."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(50, 70), nn.BatchNorm1d(70), nn.Linear(70, 33), nn.Linear(33, 1)).bfloat16()
     if sharded:
@@ -117,6 +117,7 @@ def masters(master_codec: str, sharded: bool) -> dict[str, Tensor]:
             cut = isinstance(param, DTensor)
             param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if cut else grad
         built.step()
+        built.load_state_dict(built.state_dict())
     found = built.master_state_dict(model)
     assert list(found) == list(model.state_dict())
     for name, param in model.named_parameters():

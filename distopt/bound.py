@@ -248,9 +248,15 @@ class Bound:
         return same and [param.dtype for param in params] == self._dtypes
 
     def step(
-        self, groups: list[dict[str, Any]], engine: dict[str, Any], *, grad_scale: float, found_inf: float | None
+        self,
+        groups: list[dict[str, Any]],
+        engine: dict[str, Any],
+        *,
+        grad_scale: float,
+        found_inf: float | None,
+        idle: bool = False,
     ) -> Verdict:
-        """Verdict, then mutation; see Optimizer.step."""
+        """Verdict, then mutation; see Optimizer.step. With `idle` the first step may be without any gradient."""
         grads = [param.grad for param in self.params]
         error: ValueError | None = None
         rules: list[Rule] = []
@@ -290,7 +296,7 @@ class Bound:
             raise ValueError(
                 f"the gradient of {names} is missing on some ranks; pass missing_grad='zero' to count it as zero there"
             )
-        if len(verdict.inert) == len(self.params) and not self.has_stepped:
+        if len(verdict.inert) == len(self.params) and not self.has_stepped and not idle:
             raise ValueError(
                 "no parameter of this optimizer has a gradient on its first step; was the model sharded (fully_shard, "
                 "prepare) after the optimizer was built? Build it afterwards, or with distopt.create_optimizer(name, model); "

@@ -244,6 +244,7 @@ class Optimizer(torch.optim.Optimizer):
             self.engine,
             grad_scale=1.0 if scale is None else float(scale),
             found_inf=None if found is None else float(found),
+            idle=self.stepper is not None and self.stepper.skipped_steps > 0,
         )
         self._vanishing.after(bound, self.param_groups, outcome.finite)
         self.last_grad_norm = outcome.norm

@@ -538,6 +538,25 @@ def test_torchs_checkpoint_carries_the_state_to_other_ranks(optimizer: str, opti
 
 
 @pytest.mark.parametrize("name", DRIVERS.values())
+def test_a_number_is_a_parameter_too(name: str) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"scale": (), "none": (0,), "row": (1, 3)}
+    params = {key: nn.Parameter(torch.full(shape, 2.0)) for key, shape in shapes.items()}
+    built = getattr(distopt, name)(params.items(), lr=0.1)
+
+    def loss() -> Tensor:
+        built.zero_grad()
+        found = sum((param.square().sum() for param in params.values()), torch.zeros(()))
+        found.backward()
+        return found
+
+    before = loss().item()
+    for _ in range(3):
+        built.step(loss)
+    built.load_state_dict(built.state_dict())
+    assert loss().item() < before
+
+
+@pytest.mark.parametrize("name", DRIVERS.values())
 def test_the_native_checkpoint_names_the_one_that_takes_them(name: str, tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
     built = getattr(distopt, name)(model.parameters())

@@ -161,7 +161,7 @@ class Vectors:
         does: a DTensor (…, *shape) where that is one."""
         start = sum(self.sizes[:number])
         param, lead = self.windows[number].param, slab.shape[:-1]
-        local = slab[..., start : start + self.sizes[number]].view(*lead, *local_tensor(param).shape)
+        local = slab[..., start : start + self.sizes[number]].view((*lead, *local_tensor(param).shape))
         if not isinstance(param, DTensor):
             return local
         shape = torch.Size((*lead, *param.shape))

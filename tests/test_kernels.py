@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,27 @@ def test_compiled_codecs_give_back_every_code(name: str, signed: bool) -> None:
     kernel(table([Job(weight, weight, None, 512, None, (coding,))]), (0.0, 1.0, 0.0, 0.0), False)
     assert torch.equal(stored, codes)
     assert torch.allclose(kept, scales, rtol=0, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kept", [True, False])
+def test_builds_are_whole_before_they_are_kept_and_leave_nothing_else(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, scratch, calls = tmp_path / "cache", tmp_path / "scratch", []
+    scratch.mkdir()
+    if not kept:
+        root.write_text("not a directory")
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: [calls.append("sync"), sync(file)])
+    monkeypatch.setattr(os, "replace", lambda made, to: [calls.append("replace"), replace(made, to)])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root))
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    assert native.build.__wrapped__("SGD", ("Fp32",)) is not None
+    assert calls == ["sync", "replace"] * kept
+    assert list(scratch.iterdir()) == []
+    if kept:
+        assert [file.suffix for file in (root / "distopt").iterdir()] == [".so"]
 
 
 def test_a_kernel_that_does_something_else_is_not_used(without_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:

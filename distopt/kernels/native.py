@@ -7,6 +7,7 @@ and the processor in it. Where there is no compiler the rule's text runs. Weight
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import shutil
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ CODECS |= {("Int8", True): "Int8", ("Int8", False): "UInt8"}
 """(class of the codec, signed) → struct in the source."""
 
 
-@cache
+@functools.cache
 def build(rule: str, codecs: tuple[str, ...]) -> CodedKernel | None:
     """The kernel of a rule for states stored so; None where it cannot be built."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
@@ -41,19 +41,24 @@ def build(rule: str, codecs: tuple[str, ...]) -> CodedKernel | None:
     words = [*command, SOURCE.read_text(), _processor()]
     name = f"step-{hashlib.sha256(chr(0).join(words).encode()).hexdigest()[:24]}.so"
     try:
-        library = _cache() / name
-        if not library.exists():
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        cache = _cache()
+        if cache is not None and (cache / name).exists():
+            step = ctypes.CDLL(str(cache / name)).step
+        else:
+            with tempfile.TemporaryDirectory(prefix="distopt-", dir=cache) as folder:
                 made = Path(folder) / name
                 options = ["-shared", "-fPIC", "-pthread", str(SOURCE), "-o", str(made)]
                 subprocess.run([*command, *options], check=True, capture_output=True, timeout=300)
-                os.replace(made, library)  # ranks may build at the same time
-        step = ctypes.CDLL(str(library)).step
+                step = ctypes.CDLL(str(made)).step
+                if cache is not None:
+                    with made.open("rb") as file:  # half a library would end whoever loads it
+                        os.fsync(file.fileno())
+                    os.replace(made, cache / name)  # ranks may build at the same time
     except (OSError, subprocess.SubprocessError):
         return None
     step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     step.restype = None
-    return partial(_run, step)
+    return functools.partial(_run, step)
 
 
 def _run(step: Callable[..., None], table: Table, scalars: tuple[float, ...], look: bool) -> None:
@@ -62,8 +67,8 @@ def _run(step: Callable[..., None], table: Table, scalars: tuple[float, ...], lo
     step(table.rows.ctypes.data, len(table.rows), numbers.ctypes.data, torch.get_num_threads(), int(look))
 
 
-def _cache() -> Path:
-    """Where builds are kept: a directory that is this user's alone."""
+def _cache() -> Path | None:
+    """Where builds are kept: a directory that is this user's alone; None where there is none that can be written."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(root) / "distopt"
     try:
@@ -72,12 +77,7 @@ def _cache() -> Path:
             return folder
     except OSError:
         pass
-    return _private()
-
-
-@cache
-def _private() -> Path:
-    return Path(tempfile.mkdtemp(prefix="distopt-"))
+    return None
 
 
 def _processor() -> str:

@@ -122,11 +122,11 @@ def step_in_backward(model: nn.Module, optimizer: Optimizer, *, two_pass: bool =
     """Step parameters as their gradients arrive; see the module.
 
     The result is that of `optimizer.step()`, bit for bit, but for a global norm, which is summed in another order, and for
-    stochastic rounding (`bf16_sr`), whose random bits count the elements of a group. Every parameter becomes a group of its own (with the same
-    options): state dicts fit optimizers that step in backward too, and refreshes that take turns do so within each parameter
-    (`synchronous=True` is the same either way). Any rule and codec in one process; on several
-    ranks (FSDP2, tensor parallel) elementwise rules with uncoded states, since there nothing may depend on the order in
-    which gradients arrive on different ranks.
+    stochastic rounding (`bf16_sr`), whose random bits count the elements of a group. Every parameter becomes a group of its
+    own (with the same options): state dicts fit optimizers that step in backward too, and refreshes that take turns do so
+    within each parameter (`synchronous=True` is the same either way). Any rule and codec in one process; on several ranks
+    (FSDP2, tensor parallel) elementwise rules with uncoded states, since there nothing may depend on the order in which
+    gradients arrive on different ranks.
 
     Args:
         model: already sharded.

@@ -375,8 +375,8 @@ class BoundGroup:
         ]
         self.units = Units(plan, self._make_units(domains, pager), domains, device, self._find_coded_states(), pager)
         last = {entry.param: bound for bound in self.buckets for entry in bound.bucket.entries}
-        for number, closing in last.items():
-            closing.closes.append(number)
+        for number in sorted(last):  # in the same order on every rank, whatever lies whole on some
+            last[number].closes.append(number)
         states = plan.rule.states(Shape(8, 8))
         self.scalars = {
             name: torch.full((1, 1, 1), float(state.fill), device=device)

@@ -206,13 +206,18 @@ class Packed(Coded):
 
 def agree(
     domain: Domain, found: Sequence[tuple[Any, int, Tensor]], device: torch.device
-) -> Generator[dist.Work | None, None, list[Agreed]]:
-    """Maxima of cut tiles over all ranks, by one reduction, which is yielded to be waited for. `found` has, of each
-    state (its store, in pages or not), the number of slots of its tensor, the same on every rank, and the maxima here."""
+) -> Generator[dist.Work | None, None, list[Agreed | None]]:
+    """Maxima of cut tiles over all ranks, by one reduction, which is yielded to be waited for; None for codecs without scales.
+    `found` has, of each state (its store, in pages or not), the number of slots of its tensor, the same on every rank, and
+    the maxima here."""
     flat = torch.zeros(sum(slots for _, slots, _ in found), device=device)
     parts = list(flat.split([slots for _, slots, _ in found])) if found else []
+    answers: list[Agreed | None] = []
     places = [torch.from_numpy(coded.tiles.slots).to(device) for coded, _, _ in found]
-    for (_, _, maxima), part, at in zip(found, parts, places):
-        part.scatter_reduce_(0, at, maxima, "amax")
+    for (_, slots, maxima), part, at in zip(found, parts, places):
+        if slots:
+            part.scatter_reduce_(0, at, maxima, "amax")
     yield domain.all_reduce(flat, "max")
-    return [Agreed(coded.tiles.cuts, part[at]) for (coded, _, _), part, at in zip(found, parts, places)]
+    for (coded, slots, _), part, at in zip(found, parts, places):
+        answers.append(Agreed(coded.tiles.cuts, part[at]) if slots else None)
+    return answers

@@ -200,7 +200,8 @@ class Units:
         return sum(key[0] == number and key[2] == name for key in self.owned)
 
     def agreed(self, found: list[tuple[Unit, str, Tensor]]) -> dict[int, Agreed]:
-        """Maxima of cut tiles over all ranks, by store: one reduction per domain, in the same order on every rank."""
+        """Maxima of cut tiles over all ranks, by store, where there are any: one reduction per domain, in the same order on
+        every rank."""
         by_domain: dict[tuple[int, ...], list[tuple[Unit, str, Tensor]]] = {}
         for item in found:
             by_domain.setdefault(item[0].domain.ranks, []).append(item)
@@ -208,16 +209,16 @@ class Units:
         for _, items in sorted(by_domain.items()):
             stores = [(unit.stores[name], unit.slots[name], maxima) for unit, name, maxima in items]
             result = _wait(agree(items[0][0].domain, stores, self.device))
-            answers |= {id(store): one for (store, _, _), one in zip(stores, result)}
+            answers |= {id(store): one for (store, _, _), one in zip(stores, result) if one is not None}
         return answers
 
 
-def _wait(run: Generator[dist.Work | None, None, list[Agreed]]) -> list[Agreed]:
+def _wait(run: Generator[dist.Work | None, None, list[Agreed | None]]) -> list[Agreed | None]:
     while True:
         try:
             work = next(run)
         except StopIteration as end:
-            answer: list[Agreed] = end.value
+            answer: list[Agreed | None] = end.value
             return answer
         if work is not None:
             work.wait()

@@ -15,6 +15,7 @@ from math import prod
 import distopt
 from benchmarks.report import write_result
 from benchmarks.shapes import hidden_matrices, llama3_8b
+from distopt.quasi_newton import DRIVERS
 from distopt.rules import RULES
 
 PUBLISHED = {
@@ -54,6 +55,14 @@ def main() -> None:
         published, remark = PUBLISHED.get(name, (None, None))
         int8 = f"{coded / numel:.4g}" if coded != plain else None
         rows.append([name, f"{plain / numel:.4g}", f"{alone:.4g}", int8, published, remark])
+        print(*rows[-1], sep=" | ", flush=True)
+    for name in DRIVERS:
+        history = distopt.optimizer_info(name).defaults.get("history_size")
+        try:
+            found, remark = f"{distopt.state_bytes(name, shapes) / numel:.4g}", f"history_size {history}"
+        except ValueError:
+            found, remark = None, "refused: it keeps a matrix of all parameters, at most 2,048"
+        rows.append([name, found, None, None, None, remark])
         print(*rows[-1], sep=" | ", flush=True)
     columns = ["rule", "fp32", "hidden", "int8", "published", "where that errs"]
     note = "Bytes of state per parameter of Llama 3 8B, by formula; weights, gradients and master weights not counted."

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from distopt.plan.build import Spec, plan_group
 from distopt.plan.geometry import logical_of
 from distopt.plan.pages import device_bytes, plan_pages
 from distopt.plan.paper import Mesh, tensor_parallel_dim
+from distopt.quasi_newton import DRIVERS, driver_class
 from distopt.rule import Rule, require
 from distopt.rules import RULES, nearest, rule_class
 from distopt.state.grouping import planned_group
@@ -41,7 +43,7 @@ def state_bytes(
     than 64 bytes per group and state where small tensors are packed together.
 
     Args:
-        name: of a rule.
+        name: of a rule, or of a quasi-Newton method, which has no codecs, no pages and no partitions.
         model_or_shapes: a model, which may be sharded, or on the meta device; or name → shape, where what is called
             embed…, wte or wpe is an embedding.
         state_codec: as of optimizers.
@@ -53,12 +55,12 @@ def state_bytes(
         options: further ones of `create_optimizer` and of the rule: `rest`, `amsgrad`, `rank`, …
 
     Raises:
-        ValueError: a name that is no rule's, an option or a layout that cannot be served.
+        ValueError: a name that is no optimizer's, an option or a layout that cannot be served.
     """
+    known = [*RULES, *DRIVERS]
     require(
-        name in RULES,
-        f"no rule is called {name!r}{nearest(name, RULES)} (known: {', '.join(RULES)}); quasi-Newton methods name their "
-        "vectors in optimizer_info(name).vector_states",
+        name in known,
+        f"no optimizer is called {name!r}{nearest(name, known)} (known: {', '.join(known)})",
     )
     model = model_or_shapes if isinstance(model_or_shapes, nn.Module) else model_of_shapes(dict(model_or_shapes))
     mesh = Mesh.parse(layout) if isinstance(layout, str) else layout
@@ -72,6 +74,15 @@ def state_bytes(
     )
     replicas = tuple(range(size)) if partition else None
     reshard(model)
+    if name in DRIVERS:
+        asked = {"state_codec": state_codec, "offload": offload, "device_budget": device_budget, "partition": partition}
+        options |= {key: value for key, value in asked.items() if value not in ("fp32", None, False)}
+        lying = [
+            (_on_paper(mesh, rank, key, param) if mesh is not None else layout_of(param, rank))
+            for key, param in model.named_parameters()
+            if param.requires_grad
+        ]
+        return _vectors_and_matrices(name, lying, rank, options)
     groups, own, _ = parameter_groups(name, model, lr=1e-3, **options)
     plans = []
     for group in groups:
@@ -95,6 +106,16 @@ def state_bytes(
         plans.append(plan)
     plan_pages(plans, device_budget)
     return device_bytes(plans) + sum(_statistics_of_nothing(plan.rule, spec) for plan in plans for spec in plan.specs)
+
+
+def _vectors_and_matrices(name: str, layouts: list[Layout], rank: int, options: dict[str, Any]) -> int:
+    """Bytes of a quasi-Newton method: vectors lie as the parameters do, what is not a vector is whole on every rank."""
+    whole = sum(prod(layout.shape) for layout in layouts)
+    here = sum(rect.numel for layout in layouts for rect in layout.rects(layout.ranks.index(rank), 0))
+    param = torch.empty(whole, device="meta", requires_grad=True)
+    states = list(driver_class(DRIVERS[name])([param], **options).state[param].values())
+    vectors = sum(state.nbytes for state in states if state.is_meta)
+    return vectors // max(whole, 1) * here + sum(state.nbytes for state in states if not state.is_meta)
 
 
 def _statistics_of_nothing(rule: Rule, spec: Spec) -> int:

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 import distopt
+from distopt.layouts import local_tensor
+from distopt.quasi_newton import DRIVERS
 from distopt.rules import RULES
 from distopt.state.codecs import CODECS
 from tests.distributed.layouts import BLOCKS, DISTINCT, LAYOUTS, Full, lay_out
@@ -121,6 +123,35 @@ def test_a_mesh_on_paper_takes_what_ranks_take(name: str) -> None:
     assert whole <= sum(parted) <= (3 if name == "adafactor" else 1.1) * whole
 
 
+def vectors_and_matrices(optimizer: Any) -> int:
+    """Bytes of a quasi-Newton method's states, of which vectors lie as the parameters do."""
+    states = [local_tensor(state) for entry in optimizer.state.values() for state in entry.values()]
+    return sum(state.nbytes for state in states)
+
+
+@pytest.mark.parametrize("name", DRIVERS)
+def test_quasi_newton_methods_keep_what_the_formula_says(name: str) -> None:
+    shapes = {"weight": (12, 30), "bias": (12,), "scale": ()}
+    optimizer = distopt.create_optimizer(name, model_of(shapes), lr=0.1)
+    assert distopt.state_bytes(name, shapes) == vectors_and_matrices(optimizer)
+    with pytest.raises(TypeError, match="paged"):
+        distopt.state_bytes(name, shapes, offload="cpu")
+
+
+def quasi_newton_on_a_rank(name: str) -> tuple[int, int]:
+    """(by formula, kept) with uneven FSDP2 shards."""
+    params = lay_out(LAYOUTS["fsdp"], {n: torch.zeros(shape) for n, shape in DISTINCT.items()}).params
+    optimizer = distopt.create_optimizer(name, holder(params), lr=0.1)
+    return distopt.state_bytes(name, holder(params)), vectors_and_matrices(optimizer)
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "ml_bfgs"])
+def test_quasi_newton_methods_on_ranks_keep_what_the_formula_says(name: str) -> None:
+    answers = pool(4).run(f"{HERE}:quasi_newton_on_a_rank", name)
+    assert all(formula == kept for formula, kept in answers), answers
+    assert len(set(answers)) > 1
+
+
 def test_options_and_rest_count() -> None:
     model = model_of(BLOCKS)
     numel = sum(param.numel() for param in model.parameters())
@@ -134,7 +165,8 @@ def test_options_and_rest_count() -> None:
 
 def test_what_cannot_be_answered_is_refused() -> None:
     for arguments, message in (
-        ({"name": "lbfgs"}, "no rule is called 'lbfgs'.*quasi-Newton"),
+        ({"name": "lbfg"}, "no optimizer is called 'lbfg', did you mean 'lbfgs'"),
+        ({"name": "bfgs"}, "at most 2,048; use LBFGS"),
         ({"name": "adamw", "layout": "pp=2"}, "no axis 'pp'"),
         ({"name": "adamw", "layout": "dp=2", "on_rank": 2}, "on_rank=2: there are 2 ranks"),
         ({"name": "adamw", "state_codec": "int9"}, "did you mean 'int8'"),

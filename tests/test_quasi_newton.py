@@ -657,7 +657,7 @@ def alone() -> list[str]:
         param = nn.Parameter(torch.zeros(2))
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            _ = distopt.LBFGS([param], process_group=group).state
+            _ = distopt.LBFGS([("weight", param)], process_group=group).state
         found.append("; ".join(str(w.message) for w in seen))
     return found
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("LOCAL_RANK", os.environ.get("RANK", "0"))
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 import deepspeed  # noqa: E402
@@ -108,11 +107,17 @@ def engine_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def connect() -> None:
+    """DeepSpeed over the ranks of the pool. Before every engine: whoever ran here before may have taken LOCAL_RANK back."""
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("RANK", "0"))
+    deepspeed.init_distributed("gloo", verbose=False)
+
+
 def start(name: str, options: dict[str, Any], config: dict[str, Any]) -> Any:
     """An engine on the same first weights; `zero_init` among the settings makes the model under zero.Init."""
     zero_init = "zero_init" in config
     settings = engine_config({key: value for key, value in config.items() if key != "zero_init"})
-    deepspeed.init_distributed("gloo", verbose=False)
+    connect()
     if zero_init:
         with deepspeed.zero.Init(config_dict_or_path=settings):
             model = Tiny()
@@ -230,7 +235,7 @@ def resumed_differently(
 
 def from_file(path: str, options: dict[str, Any]) -> float:
     """How far a run that a file sets up ends from one process."""
-    deepspeed.init_distributed("gloo", verbose=False)
+    connect()
     model = build()
     made, config = integration.from_config(path, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=made, config=config)

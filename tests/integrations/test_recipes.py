@@ -60,7 +60,7 @@ def deepspeed(recipe: str, folder: str) -> dict[str, str]:
     """Run by ranks."""
     from tests.integrations import deepspeed_ranks
 
-    deepspeed_ranks.deepspeed.init_distributed("gloo", verbose=False)
+    deepspeed_ranks.connect()
     names: dict[str, Any] = {"deepspeed": deepspeed_ranks.deepspeed, "model": deepspeed_ranks.build()}
     with chdir(folder):
         exec(recipe, names)

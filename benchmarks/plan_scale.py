@@ -12,7 +12,8 @@ import time
 
 from benchmarks.report import write_result
 from distopt.layouts.dtensor import Axis, Sharded
-from distopt.plan.build import Group, Spec, plan_group
+from distopt.plan.buckets import Group, Spec
+from distopt.plan.build import plan_group
 from distopt.plan.report import PlanReport
 from distopt.rules.adamw import AdamW
 from distopt.rules.muon import Muon

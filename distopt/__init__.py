@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
 
     for rule, cls in RULES.items():
         if name == cls:
-            from distopt.optimizer import optimizer_class
+            from distopt.classes import optimizer_class
 
             globals()[name] = optimizer_class(rule)
             return globals()[name]

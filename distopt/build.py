@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distopt.classes import optimizer_class
 from distopt.fused import known_splits
 from distopt.layouts import declare_fsdp1, global_shape
 from distopt.names import strip_prefixes
-from distopt.optimizer import ENGINE_OPTIONS, Optimizer, optimizer_class
+from distopt.optimizer import Optimizer
+from distopt.options import ENGINE_OPTIONS
 from distopt.plan.split import parse_split
 from distopt.quasi_newton import DRIVERS, driver_class
 from distopt.rule import Rule, require

@@ -14,56 +14,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 
 from distopt.averaging import Average
 from distopt.bound import Bound
-from distopt.layouts import layout_of, local_tensor, reshard
-from distopt.layouts.base import Layout
+from distopt.layouts import layout_of, reshard
 from distopt.names import strip_prefixes
-from distopt.plan.geometry import geometry_of
 from distopt.quasi_newton.driver import QuasiNewton
-from distopt.rule import Shape, State
+from distopt.rule import Shape
 from distopt.rules import group_rule
 from distopt.state.agreement import Ranks
 from distopt.state.faces import Faces
 from distopt.state.files import Piece, check_writable, write
 from distopt.state.loading import check_reading, is_own, log_changes
 from distopt.state.manifest import CheckpointError
+from distopt.state.parts import Part, is_primary, state_parts, tensor_parts
 from distopt.state.reader import Reader, latest, prune
 from distopt.state.units import MASTER
 
 __all__ = ["CheckpointError", "check_writable", "latest", "load", "prune", "save"]
-
-Rectangle = tuple[int, int, int, int]
-
-
-class _Part:
-    """One local rectangle of a logical tensor: how to save it and where to load it to. Of a state that is stored as codes
-    (`coded`: its faces, parameter number, matrix and name), `tensor` is a view on the meta device of what it decodes to."""
-
-    def __init__(
-        self, name: str, shape: tuple[int, ...], rect: Rectangle, tensor: Tensor, *, saves: bool = True
-    ) -> None:
-        self.name, self.shape, self.rect, self.tensor, self.saves = name, shape, rect, tensor, saves
-        self.copies_back: tuple[Tensor, Tensor] | None = None
-        self.coded: tuple[Faces, tuple[int, int | None, str]] | None = None
-
-    def value(self) -> Tensor:
-        """What there is to save."""
-        if self.coded is None:
-            return self.tensor
-        faces, key = self.coded
-        return self.within(faces.group.units.read(*key))
-
-    def within(self, flat: Tensor) -> Tensor:
-        """The rectangle of the whole decoded state."""
-        offset = flat.storage_offset() + self.tensor.storage_offset()
-        return flat.as_strided(self.tensor.shape, self.tensor.stride(), offset)
 
 
 def save(
@@ -128,7 +99,7 @@ def _bound(optimizer: Any) -> Bound:
     return bound
 
 
-def _once(parts: list[_Part]) -> list[_Part]:
+def _once(parts: list[Part]) -> list[Part]:
     """What this rank is the first to have of what several ranks hold alike (replicas); collective. Empty parts stay: they
     tell of tensors without elements."""
     ranks = Ranks(None)
@@ -200,7 +171,7 @@ def load(
     return extra
 
 
-def _check(reader: Reader, parts: list[_Part], groups: Any, optimizer: Any, names: dict[int, str]) -> None:
+def _check(reader: Reader, parts: list[Part], groups: Any, optimizer: Any, names: dict[int, str]) -> None:
     for number, (group, saved) in enumerate(zip(optimizer.param_groups, groups)):
         if saved["options"]["rule"] != group["rule"]:
             raise CheckpointError(
@@ -239,117 +210,33 @@ def _check(reader: Reader, parts: list[_Part], groups: Any, optimizer: Any, name
             raise CheckpointError(f"{part.name} is {reader.dtype(part.name)} there and {part.tensor.dtype} here")
 
 
-def _parts(model: nn.Module, bound: Bound, names: dict[int, str]) -> Iterator[_Part]:
+def _parts(model: nn.Module, bound: Bound, names: dict[int, str]) -> Iterator[Part]:
     """Everything that lies on this rank."""
     mine = {id(param) for param in bound.params}
     for name, param in model.named_parameters():
         if id(param) not in mine:
-            yield from _tensor_parts(f"model/{strip_prefixes(name)}", param, layout_of(param, bound.rank), bound.rank)
+            yield from tensor_parts(f"model/{strip_prefixes(name)}", param, layout_of(param, bound.rank), bound.rank)
     persistent = {strip_prefixes(key) for key in model.state_dict()}
     for name, buffer in model.named_buffers():
         if strip_prefixes(name) in persistent:
-            yield from _tensor_parts(f"model/{strip_prefixes(name)}", buffer, layout_of(buffer, bound.rank), bound.rank)
+            yield from tensor_parts(f"model/{strip_prefixes(name)}", buffer, layout_of(buffer, bound.rank), bound.rank)
     for group, faces in zip(bound.groups, bound.faces):
         for number, window in enumerate(group.windows):
             name = names[id(window.param)]
             # Parameters partitioned over replicas are whole in storage; their states are not.
             stored = layout_of(window.param, bound.rank)
-            yield from _tensor_parts(f"model/{name}", window.param, stored, bound.rank)
-            primary = _primary(window.param)
+            yield from tensor_parts(f"model/{name}", window.param, stored, bound.rank)
+            primary = is_primary(window.param)
             for key, state in faces.declared(number).items():
-                for part in _state_parts(f"state/{name}/{key}", key, state, number, faces):
+                for part in state_parts(f"state/{name}/{key}", key, state, number, faces):
                     part.saves = part.saves and primary
                     yield part
 
 
-def _average_parts(averages: Mapping[str, Average], rank: int) -> Iterator[_Part]:
+def _average_parts(averages: Mapping[str, Average], rank: int) -> Iterator[Part]:
     for label, average in averages.items():
         for name, param, kept in average.tensors():
-            yield from _tensor_parts(f"average/{label}/{name}", kept, layout_of(param, rank), rank)
-
-
-def _tensor_parts(name: str, tensor: Tensor, layout: Layout, rank: int) -> Iterator[_Part]:
-    local = local_tensor(tensor)
-    staged = local.contiguous()  # itself, unless its storage is laid out otherwise (channels_last)
-    index = layout.ranks.index(rank)
-    rects = layout.rects(index, max(len(layout.shape) - 1, 0))
-    flat = staged.view(-1)
-    for rect in rects:
-        view = _strided(flat, rect.r1 - rect.r0, rect.c1 - rect.c0, rect.stride, rect.offset)
-        part = _Part(name, layout.shape, (rect.r0, rect.r1, rect.c0, rect.c1), view, saves=_primary(tensor))
-        part.copies_back = None if local.is_contiguous() else (local, staged)
-        yield part
-    if not rects:
-        yield _Part(name, layout.shape, (0, 0, 0, 0), flat[:0].view(0, 0), saves=_primary(tensor))
-
-
-def _state_parts(name: str, key: str, state: State, number: int, faces: Faces) -> Iterator[_Part]:
-    window = faces.windows[number]
-    layout, index = window.spec.layout, window.spec.index
-    logical = faces.logical(number)
-    if state.kind == "group":
-        yield _Part(name, (), (0, 1, 0, 1), faces.group.scalar_state(key).view(1, 1))
-        return
-    if state.kind == "like":
-        coded = (faces, (number, None, key)) if faces.group.units.holds(number, key) else None
-        flat = torch.empty(window.numel, device="meta") if coded else window.state.get(key)
-        rects = layout.rects(index, max(len(layout.shape) - 1, 0))
-        for rect in rects:
-            assert flat is not None
-            view = _strided(flat, rect.r1 - rect.r0, rect.c1 - rect.c0, rect.stride, rect.offset)
-            part = _Part(name, layout.shape, (rect.r0, rect.r1, rect.c0, rect.c1), view)
-            part.coded = coded
-            yield part
-        if not rects:
-            part = _Part(name, layout.shape, (0, 0, 0, 0), torch.empty((0, 0), device="meta" if coded else "cpu"))
-            part.coded = coded
-            yield part
-        return
-    if state.kind == "owner":
-        starts = faces.owner_starts(number, key)
-        rows, cols = state.shape
-        whole: tuple[int, ...] = (starts[-1],) if logical.declared else (logical.count * rows, cols)
-        yield _Part(name, whole, (0, 0, 0, 0), torch.empty((0, 0)))
-        for matrix in range(logical.count):
-            here = (number, matrix, key)
-            store = faces.group.units.owned.get(here)
-            tensor = torch.empty(store.shape, device="meta") if store else faces.group.find_owner_state(*here)
-            if tensor is not None:
-                if logical.declared:  # shapes differ: one after the other, flat
-                    part = _Part(name, whole, (0, 1, starts[matrix], starts[matrix + 1]), tensor.view(1, -1))
-                else:
-                    part = _Part(name, whole, (matrix * rows, (matrix + 1) * rows, 0, cols), tensor)
-                part.coded = (faces, here) if store else None
-                yield part
-        return
-    starts = logical.starts(state.kind)
-    upright = state.kind != "col" and not logical.declared
-    whole = (starts[-1], 1) if upright else (starts[-1],) if logical.declared else (logical.count, starts[1])
-    yield _Part(name, whole, (0, 0, 0, 0), torch.empty((0, 0)))
-    for matrix, a, b, at, saves in geometry_of(layout, logical).statistics(index, state.kind):
-        flat, first = window.state[key][at : at + b - a], starts[matrix]
-        if upright:
-            yield _Part(name, whole, (first + a, first + b, 0, 1), flat.view(-1, 1), saves=saves)
-        elif logical.declared:
-            yield _Part(name, whole, (0, 1, first + a, first + b), flat.view(1, -1), saves=saves)
-        else:
-            yield _Part(name, whole, (matrix, matrix + 1, a, b), flat.view(1, -1), saves=saves)
-
-
-def _strided(flat: Tensor, rows: int, cols: int, stride: int, offset: int) -> Tensor:
-    return flat.as_strided((rows, cols), (stride, 1), flat.storage_offset() + offset)
-
-
-def _view(shape: tuple[int, ...]) -> tuple[int, int]:
-    return (int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]) if shape else (1, 1)
-
-
-def _primary(tensor: Tensor) -> bool:
-    """Whether this rank's copy of a replicated DTensor is the one to save."""
-    if not isinstance(tensor, DTensor):
-        return True
-    coordinate = tensor.device_mesh.get_coordinate() or ()
-    return all(c == 0 for c, p in zip(coordinate, tensor.placements) if isinstance(p, Replicate))
+            yield from tensor_parts(f"average/{label}/{name}", kept, layout_of(param, rank), rank)
 
 
 def _names(model: nn.Module, bound: Bound) -> dict[int, str]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from distopt.build import model_of_shapes, parameter_groups
 from distopt.layouts import Layout, Sharded, layout_of, reshard
-from distopt.optimizer import GROUP_OPTIONS
-from distopt.plan.build import Spec, plan_group
+from distopt.options import GROUP_OPTIONS
+from distopt.plan.buckets import Spec
+from distopt.plan.build import plan_group
 from distopt.plan.geometry import logical_of
 from distopt.plan.pages import device_bytes, plan_pages
 from distopt.plan.paper import Mesh, tensor_parallel_dim

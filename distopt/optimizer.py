@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, fields
-from difflib import get_close_matches
-from functools import cache
-from inspect import Parameter, Signature
-from pathlib import Path
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -21,31 +15,21 @@ from distopt.bound import Bound
 from distopt.layouts import global_shape, reshard
 from distopt.names import parameter_names, strip_groups, strip_prefixes
 from distopt.observation import observe
-from distopt.plan.build import WIRE, check_served
-from distopt.plan.cost import load_rates
+from distopt.options import (
+    GROUP_OPTIONS,
+    check_group,
+    check_options,
+    check_shapes,
+    complete_group,
+    engine_options,
+    known_options,
+    rule_defaults,
+)
 from distopt.plan.report import PlanReport
-from distopt.plan.strategies import check_strategy
 from distopt.rule import require
-from distopt.rules import group_rule, rule_class
-from distopt.state.codecs import STORAGE_OPTIONS, group_storage
+from distopt.rules import rule_class
 from distopt.state.loading import load_groups
 from distopt.vanishing import Vanishing
-
-ENGINE_OPTIONS: dict[str, Any] = {
-    "max_grad_norm": None,
-    "nonfinite": "raise",
-    "missing_grad": "zero",
-    "process_group": None,
-    "norm_group": None,
-    "maximize": False,
-    "rates": None,
-    "device_budget": None,
-}
-OWN_OPTIONS: dict[str, Any] = {"packed": False, "split": None, "strategy": "auto", "wire_dtype": "fp32"}
-GROUP_OPTIONS: dict[str, Any] = {**STORAGE_OPTIONS, **OWN_OPTIONS}
-"""Options of a group beside its rule's."""
-TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused")
-BOOKKEEPING = {"params", "param_names", "rule", "initial_lr", "train_mode"}
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -109,25 +93,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], rule: str, options: dict[str, Any]) -> None:
         check_options(rule, options)
-        for name in TORCH_OPTIONS:
-            if options.get(name):
-                warnings.warn(f"{name}={options[name]!r} has no meaning here and is ignored", stacklevel=3)
-        engine = {key: options.get(key, default) for key, default in ENGINE_OPTIONS.items()}
-        require(
-            engine["nonfinite"] in ("raise", "skip", None),
-            f"nonfinite: 'raise', 'skip' or None, got {engine['nonfinite']!r}",
-        )
-        require(
-            engine["missing_grad"] in ("zero", "raise"),
-            f"missing_grad: 'zero' or 'raise', got {engine['missing_grad']!r}",
-        )
-        limit = engine["max_grad_norm"]
-        require(
-            limit is None or (math.isfinite(limit) and limit > 0), f"max_grad_norm must be > 0 or None, got {limit}"
-        )
-        if isinstance(engine["rates"], str | Path):
-            engine["rates"] = load_rates(str(engine["rates"]))
-        self.engine = _Engine(engine)
+        self.engine = _Engine(engine_options(options))
         self.last_grad_norm: float | None = None
         self.skipped_steps = 0
         self.routing: list[tuple[str, str, str]] = []
@@ -138,7 +104,7 @@ class Optimizer(torch.optim.Optimizer):
         self._shapes: set[tuple[int, ...]] = set()
         hyper = {f.name: options[f.name] for f in fields(rule_class(rule)) if f.name in options}
         shared = {name: options.get(name, default) for name, default in GROUP_OPTIONS.items()}
-        super().__init__(params, {"rule": rule, **_defaults(rule), **hyper, **shared})
+        super().__init__(params, {"rule": rule, **rule_defaults(rule), **hyper, **shared})
         parameter_names(self.param_groups)
         self._constructed = True
 
@@ -182,32 +148,16 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: an unknown option or rule; a parameter that the rule cannot serve, that is sparse, complex, on
                 the meta device, or there twice; a name that is there twice.
         """
-        group = dict(param_group)
-        name = group.setdefault("rule", self.defaults["rule"])
-        allowed = {f.name for f in fields(rule_class(name))} | GROUP_OPTIONS.keys()
-        for key in group.keys() - allowed - BOOKKEEPING - set(TORCH_OPTIONS):
-            near = get_close_matches(key, sorted(allowed), n=1)
-            raise ValueError(
-                f"a group for {name} has no option {key!r}{f'; did you mean {near[0]!r}?' if near else ''}"
-            )
-        if name != self.defaults["rule"]:
-            shared: dict[str, Any] = {
-                key: self.defaults[key] for key in ("lr", "weight_decay") if key in allowed and key in self.defaults
-            }
-            own = dict(OWN_OPTIONS)
-            if isinstance(self.defaults["state_codec"], Mapping):  # of the other rule's states
-                own["state_codec"] = GROUP_OPTIONS["state_codec"]
-            group = {**_defaults(name), **own, **shared, **group}
-        if rule_class(name).modes:
-            group.setdefault("train_mode", True)
+        group = complete_group(param_group, self.defaults)
+        allowed = known_options(group["rule"]) | {"rule"}
         before = self.defaults
         try:
-            self.defaults = {key: value for key, value in self.defaults.items() if key in allowed or key == "rule"}
+            self.defaults = {key: value for key, value in self.defaults.items() if key in allowed}
             super().add_param_group(group)
         finally:
             self.defaults = before
         try:
-            _check_group(self.param_groups[-1], len(self.param_groups) - 1)
+            check_group(self.param_groups[-1], len(self.param_groups) - 1)
             self._shapes.update(map(global_shape, self.param_groups[-1]["params"]))
             pending = self._bound.export() if self._bound is not None else self._pending
             if self._constructed:  # the constructor looks once, at all groups
@@ -409,7 +359,7 @@ class Optimizer(torch.optim.Optimizer):
             self._pending = self._bound.export()
             self._bound = None
         if self._bound is None:
-            _check_shapes(groups, self._shapes)
+            check_shapes(groups, self._shapes)
             bound = Bound(groups, self.engine)
             if self._pending is not None:
                 bound.restore(groups, self._pending)
@@ -447,93 +397,3 @@ class _Engine(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
         return _Engine(self)
-
-
-def _defaults(rule: str) -> dict[str, Any]:
-    return {f.name: f.default for f in fields(rule_class(rule)) if f.default is not MISSING}
-
-
-def check_options(rule: str, options: Iterable[str]) -> None:
-    """Raise TypeError for the name of an option that neither the rule nor the engine has."""
-    known = [f.name for f in fields(rule_class(rule))] + [*ENGINE_OPTIONS, *GROUP_OPTIONS]
-    for name in sorted(set(options) - set(known) - set(TORCH_OPTIONS)):
-        near = get_close_matches(name, known, n=1)
-        raise TypeError(f"{rule} has no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
-
-
-def _check_shapes(groups: list[dict[str, Any]], known: set[tuple[int, ...]]) -> None:
-    """Refuse flat pieces that took the place of matrices: a rule would see vectors, and say nothing."""
-    for group in groups:
-        for param in group["params"] if rule_class(group["rule"]).reach != "elementwise" else ():
-            require(
-                global_shape(param) in known,
-                f"a parameter of shape {tuple(param.shape)} took the place of those that {group['rule']} was built for: it "
-                "was flattened by FSDP1 (build the optimizer afterwards, with distopt.create_optimizer(name, model)) or "
-                "DeepSpeed (use distopt.integrations.deepspeed.optimizer(name, model))",
-            )
-
-
-def _check_group(group: dict[str, Any], position: int) -> None:
-    rule = group_rule(group)
-    group_storage(group)
-    check_strategy(rule, group["strategy"])
-    require(group["wire_dtype"] in WIRE, f"wire_dtype: {' or '.join(WIRE)}, got {group['wire_dtype']!r}")
-    names = group.get("param_names") or [f"group {position} parameter {i}" for i in range(len(group["params"]))]
-    if group["split"] and rule.reach == "elementwise":
-        warnings.warn(f"split={group['split']!r} is ignored: {group['rule']} sees no matrices", stacklevel=5)
-    first: dict[Tensor, str] = {}
-    for name, param in zip(names, group["params"]):
-        require(param not in first, f"{name!r} is twice in this group, as {first.get(param)!r} before; list it once")
-        first[param] = name
-        require(
-            param.is_floating_point(),
-            f"{name!r} has dtype {param.dtype}; optimizers need real floating-point parameters",
-        )
-        require(
-            param.dtype != torch.float64,
-            f"{name!r} is float64; states and mathematics are fp32 here: cast the model, or leave it to torch.optim",
-        )
-        require(
-            param.layout == torch.strided, f"{name!r} is sparse; make it dense, or leave it to torch.optim.SparseAdam"
-        )
-        require(
-            not param.is_meta, f"{name!r} is on the meta device; materialize the model (to_empty) before the optimizer"
-        )
-        if isinstance(param, DTensor):
-            unserved = [placement for placement in param.placements if placement.is_partial()]
-            require(not unserved, f"{name!r} has placement {unserved}; redistribute it to Shard or Replicate first")
-        require(
-            rule.reach == "elementwise" or not hasattr(param, "_fsdp_flattened") or hasattr(param, "_distopt_flat"),
-            f"{name!r} is a piece of a vector that FSDP1 cut; build the optimizer with distopt.create_optimizer(name, "
-            "model), which finds the tensors again",
-        )
-        check_served(name, global_shape(param), rule, group["split"])
-
-
-@cache
-def optimizer_class(name: str) -> type[Optimizer]:
-    """The public class of a rule, the same at every call: torch.optim's constructor, then this package's keyword-only
-    options."""
-    rule = rule_class(name)
-    parameters = [
-        Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
-        Parameter("params", Parameter.POSITIONAL_OR_KEYWORD),
-    ]
-    keyword_only: list[Parameter] = []
-    for f in fields(rule):
-        kind = Parameter.KEYWORD_ONLY if f.kw_only else Parameter.POSITIONAL_OR_KEYWORD
-        (keyword_only if f.kw_only else parameters).append(Parameter(f.name, kind, default=f.default))
-    for option, default in {**ENGINE_OPTIONS, **GROUP_OPTIONS, **dict.fromkeys(TORCH_OPTIONS)}.items():
-        keyword_only.append(Parameter(option, Parameter.KEYWORD_ONLY, default=default))
-    signature = Signature(parameters + keyword_only)
-
-    def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        check_options(name, set(kwargs) - {"params"})
-        bound = signature.bind(self, *args, **kwargs)
-        options = dict(bound.arguments)
-        del options["self"]
-        Optimizer.__init__(self, options.pop("params"), name, options)
-
-    __init__.__signature__ = signature  # type: ignore[attr-defined]
-    members = {"__init__": __init__, "__doc__": rule.__doc__, "__module__": "distopt", "rule_name": name}
-    return type(rule.__name__, (Optimizer,), members)

@@ -14,7 +14,8 @@ from benchmarks.shapes import Shapes, hidden_matrices, llama3_8b
 from distopt.cli import main
 from distopt.cli.plan import model_of_shapes, plan_model, read_model, read_options
 from distopt.layouts import Layout, Plain, Sharded
-from distopt.plan.build import Group, Spec, plan_group
+from distopt.plan.buckets import Group, Spec
+from distopt.plan.build import plan_group
 from distopt.plan.cost import CPU, H100
 from distopt.plan.paper import Mesh, loads_of, tensor_parallel_dim, total
 from distopt.plan.report import PlanReport

@@ -14,7 +14,8 @@ from distopt.layouts import Flat, Layout, Sharded
 from distopt.layouts.dtensor import Axis
 from distopt.matrix.newton_schulz import Method, Orthogonalize, orthogonalize
 from distopt.matrix.triangle import pack, packed_rows, unpack
-from distopt.plan.build import Group, GroupPlan, Spec, plan_group
+from distopt.plan.buckets import Group, GroupPlan, Spec
+from distopt.plan.build import plan_group
 from distopt.plan.cost import CPU, H100, Link, Rates
 from distopt.plan.geometry import geometry_of, logical_of
 from distopt.plan.report import PlanReport, exchanged_bytes

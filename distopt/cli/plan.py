@@ -23,8 +23,9 @@ from torch import nn
 
 from distopt.build import model_of_shapes, parameter_groups
 from distopt.cli.tables import OnPaper, comparison, draw, table
-from distopt.optimizer import GROUP_OPTIONS, check_options
-from distopt.plan.build import Spec, plan_group
+from distopt.options import GROUP_OPTIONS, check_options, known_options
+from distopt.plan.buckets import Spec
+from distopt.plan.build import plan_group
 from distopt.plan.cost import Rates, load_rates
 from distopt.plan.paper import Mesh, loads_of, tensor_parallel_dim
 from distopt.rules import rule_class
@@ -140,7 +141,7 @@ def plan_model(
     for number, group in enumerate(groups):
         rule_name = group.get("rule", name)
         check_options(rule_name, group.keys() - {"params", "rule"})
-        defaults = {**{f.name: f.default for f in fields(rule_class(rule_name))}, **STORAGE_OPTIONS, **GROUP_OPTIONS}
+        defaults = {**{f.name: f.default for f in fields(rule_class(rule_name))}, **GROUP_OPTIONS}
         # As groups of an optimizer are made: a dict of codecs names states of the optimizer's own rule.
         shared = {
             k: v for k, v in own.items() if rule_name == name or (k in STORAGE_OPTIONS and not isinstance(v, dict))
@@ -214,7 +215,7 @@ def _value(text: str) -> Any:
 
 
 def _has(name: str, option: str) -> bool:
-    return option in {f.name for f in fields(rule_class(name))} | GROUP_OPTIONS.keys() | STORAGE_OPTIONS.keys()
+    return option in known_options(name)
 
 
 def _is_shape(value: Any) -> bool:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.comm.groups import Domain
-from distopt.plan.build import Bucket, Stack
+from distopt.plan.buckets import Bucket, Stack
 from distopt.plan.fields import Field, fields_of
 from distopt.plan.trace import Ask
 from distopt.rule import Reduction, Shape

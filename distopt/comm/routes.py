@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from distopt.comm.exchange import Exchange, Segment
 from distopt.comm.groups import Domain
-from distopt.plan.build import Bucket
+from distopt.plan.buckets import Bucket
 from distopt.plan.strategies import is_tall
 
 

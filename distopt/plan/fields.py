@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from distopt.plan.build import Entry
+from distopt.plan.buckets import Entry
 from distopt.plan.trace import Ask
 from distopt.rule import Shape
 

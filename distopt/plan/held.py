@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from distopt.layouts.base import Layout, Plain
-from distopt.plan.build import Bucket, Entry, GroupPlan, Stack
+from distopt.plan.buckets import Bucket, Entry, GroupPlan, Stack
 from distopt.plan.tiles import BLOCK, Tiles, coded_bytes, join_tiles, local_tiles, shared_tiles, whole_tiles
 from distopt.rule import Shape, State
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from distopt.plan.build import GroupPlan
+from distopt.plan.buckets import GroupPlan
 from distopt.plan.held import state_bytes
 from distopt.plan.tiles import CHUNK, GPU_CHUNK, Offload, Tiles, join_tiles, local_tiles, whole_tiles
 from distopt.plan.trace import trace

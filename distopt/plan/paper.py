@@ -18,7 +18,8 @@ import numpy as np
 from distopt.layouts import Layout, Plain, Sharded
 from distopt.layouts.base import Partition
 from distopt.layouts.dtensor import Axis
-from distopt.plan.build import BUCKET_BYTES, IN_FLIGHT, Bucket, Entry, GroupPlan
+from distopt.plan.buckets import Bucket, Entry, GroupPlan
+from distopt.plan.build import BUCKET_BYTES, IN_FLIGHT
 from distopt.plan.cost import Rates
 from distopt.plan.fields import fields_of
 from distopt.plan.geometry import Geometry, geometry_of, logical_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from distopt.plan.build import Bucket, GroupPlan
+from distopt.plan.buckets import Bucket, GroupPlan
 from distopt.plan.fields import fields_of
 from distopt.plan.held import agreement_bytes, state_bytes
 from distopt.plan.pages import SLOTS, device_bytes, paging, slot_bytes

@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from distopt.bound import Bound
 from distopt.layouts import local_tensor
-from distopt.optimizer import ENGINE_OPTIONS, GROUP_OPTIONS
+from distopt.options import ENGINE_OPTIONS, GROUP_OPTIONS
 from distopt.rules import rule_class
 from distopt.state.windows import Window
 

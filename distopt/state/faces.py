@@ -23,7 +23,7 @@ from distopt.comm.exchange import Exchange, Segment
 from distopt.comm.groups import Domains
 from distopt.layouts import Partition, Sharded, local_tensor
 from distopt.layouts.dtensor import Axis
-from distopt.plan.build import Entry
+from distopt.plan.buckets import Entry
 from distopt.plan.geometry import Logical, geometry_of
 from distopt.rule import State
 from distopt.state.units import MASTER

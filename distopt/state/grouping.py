@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from distopt.plan.build import WIRE, Group, Spec
+from distopt.plan.buckets import Group, Spec
+from distopt.plan.build import WIRE
 from distopt.plan.cost import Rates
 from distopt.rules import group_rule
 from distopt.state.codecs import group_storage

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.comm.groups import Domain, Domains
-from distopt.plan.build import GroupPlan
+from distopt.plan.buckets import GroupPlan
 from distopt.plan.tiles import join_tiles, local_tiles, shared_tiles, tile_starts
 from distopt.rule import State
 from distopt.state.codecs import FP32, Codec

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distopt.layouts import Partition, local_tensor
-from distopt.plan.build import Bucket, Entry, GroupPlan, Piece, Spec, Stack
+from distopt.plan.buckets import Bucket, Entry, GroupPlan, Piece, Spec, Stack
 from distopt.plan.tiles import BLOCK, Storage, whole_tiles
 from distopt.rule import Rule, Shape, State
 from distopt.state.codecs import Codec

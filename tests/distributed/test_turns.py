@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.shapes import hidden_matrices, llama3_8b
 from distopt.layouts import Layout, Plain
-from distopt.plan.build import Group, GroupPlan, Spec, deal_turns, plan_group
+from distopt.plan.buckets import Group, GroupPlan, Spec
+from distopt.plan.build import deal_turns, plan_group
 from distopt.plan.cost import H100
 from distopt.plan.owners import spread_turns
 from distopt.plan.paper import Mesh, loads_of, total

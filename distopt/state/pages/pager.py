@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from distopt.plan.build import GroupPlan
+from distopt.plan.buckets import GroupPlan
 from distopt.plan.pages import SLOTS, Page, slot_bytes
 from distopt.state.pages.file import PageError, PageFile
 from distopt.state.pages.movers import CudaMover, HostMover, Slot

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import distopt
 from distopt.rules import RULES, rule_class
-from tests.cases import MIXED, Case, Oracle, Shape, collect, observation
+from tests.cases import MIXED, Case, Oracle, Shape, collect, observation, show
 
 STEPS = 8
 # The tolerances speak of rounding in the change; larger weights would add rounding of the weights themselves.
@@ -48,28 +48,16 @@ def ours(name: str, variant: str) -> dict[str, Tensor]:
         optimizer = getattr(distopt, case.optimizer)(together, **case.variants[variant])
         for step in range(STEPS):
             if case.observes and step % 3 == 0:
-                show(case, optimizer, dict(together), step)
+                show(optimizer, case.observes, dict(together), step)
             for key, param in together:
                 param.grad = start(MIXED[key])[1][step].clone()
             optimizer.step()
     return {key: param.detach() for key, param in params.items()}
 
 
-def show(case: Case, optimizer: distopt.Optimizer, params: dict[str, nn.Parameter], step: int) -> None:
-    """Let the optimizer observe what belongs before this step."""
-    assert case.observes is not None
-    kind = observed_kind(case)
-    found = {key: observation(kind, tuple(param.shape), step) for key, param in params.items()}
-    if kind == "row":
-        optimizer.observe(case.observes, found)
-        return
-    for key, param in params.items():
-        param.grad = found[key]
-    optimizer.observe(case.observes)
-
-
 def observed_kind(case: Case) -> str:
     """Whether it is like a gradient or per row."""
+    assert case.observes is not None
     rule = rule_class(next(name for name, cls in RULES.items() if cls == case.optimizer))
     return rule.observes[case.observes]
 

@@ -6,7 +6,7 @@ new rule is one new module here, nothing else.
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from distopt.rules import rule_class
 
 Shape = tuple[int, ...]
 Options = dict[str, Any]
@@ -151,6 +153,18 @@ def observation(kind: str, shape: Shape, step: int) -> Tensor:
         return torch.randn(shape, generator=generator)
     rows = prod(shape[:-1])
     return 300 * torch.rand(next(blocks for blocks in (4, 3, 2, 1) if rows % blocks == 0), generator=generator)
+
+
+def show(optimizer: Any, name: str, params: Mapping[str, nn.Parameter], step: int) -> None:
+    """Let an optimizer of one rule observe what belongs before this step."""
+    kind = rule_class(optimizer.param_groups[0]["rule"]).observes[name]
+    found = {key: observation(kind, tuple(param.shape), step) for key, param in params.items()}
+    if kind == "row":
+        optimizer.observe(name, found)
+        return
+    for key, param in params.items():
+        param.grad = found[key]
+    optimizer.observe(name)
 
 
 @cache

@@ -11,9 +11,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import distopt
 from distopt.state.units import MASTER
 from tests.distributed.layouts import LAYOUTS, Full, lay_out, local_tensor
-from tests.distributed.training import gradients, weights
+from tests.distributed.training import STEPS, gradients, weights
 
-STEPS = 20
 # Rows of a tile and a bit, of less than one, of several; what is below the threshold; more than a chunk; a convolution.
 CODED = {
     "long_rows": (9, 300),

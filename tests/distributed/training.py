@@ -53,13 +53,8 @@ def show(built: distopt.Optimizer, observes: str, laid: Laid, shapes: Shapes, st
     built.observe(observes)
 
 
-def one_process(
-    optimizer: str, options: dict[str, Any], shapes: Shapes, observes: str | None = None
-) -> tuple[Full, list[float | None]]:
-    """The weights after all steps without any process group, and the gradient norm of each step."""
-    params = {name: nn.Parameter(weight) for name, weight in weights(shapes).items()}
-    laid = Laid(params, {name: torch.arange(param.numel()) for name, param in params.items()})
-    built = getattr(distopt, optimizer)(params.items(), **options)
+def train(built: distopt.Optimizer, observes: str | None, laid: Laid, shapes: Shapes) -> list[float | None]:
+    """All steps; the gradient norm of each."""
     norms = []
     for step in range(STEPS):
         if observes and step % 3 == 0:
@@ -67,6 +62,17 @@ def one_process(
         laid.set_grads(gradients(shapes, step))
         built.step()
         norms.append(built.last_grad_norm)
+    return norms
+
+
+def one_process(
+    optimizer: str, options: dict[str, Any], shapes: Shapes, observes: str | None = None
+) -> tuple[Full, list[float | None]]:
+    """The weights after all steps without any process group, and the gradient norm of each step."""
+    params = {name: nn.Parameter(weight) for name, weight in weights(shapes).items()}
+    laid = Laid(params, {name: torch.arange(param.numel()) for name, param in params.items()})
+    built = getattr(distopt, optimizer)(params.items(), **options)
+    norms = train(built, observes, laid, shapes)
     first = weights(shapes)
     assert all(not torch.equal(param, first[name]) for name, param in params.items() if param.numel()), "nothing moved"
     return {name: param.detach() for name, param in params.items()}, norms
@@ -84,13 +90,7 @@ def on_ranks(
     gradient norm of each step."""
     laid = lay_out(LAYOUTS[layout], weights(shapes))
     built = getattr(distopt, optimizer)(laid.named(), **options, **LAYOUTS[layout].options())
-    norms = []
-    for step in range(STEPS):
-        if observes and step % 3 == 0:
-            show(built, observes, laid, shapes, step)
-        laid.set_grads(gradients(shapes, step))
-        built.step()
-        norms.append(built.last_grad_norm)
+    norms = train(built, observes, laid, shapes)
     report = {}
     for name, param in laid.params.items():
         own, other = local_tensor(param).detach(), laid.local(name, expected[name])

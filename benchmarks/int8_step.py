@@ -3,7 +3,8 @@
     python -m benchmarks.int8_step [--rounds 7] [--device cuda]
 
 One process, nonfinite=None. The matrices of four GPT-2 124M layers, 28M parameters, beside torchao's and bitsandbytes' 8-bit
-AdamW where they are installed, and the rule's own text without a compiled kernel. Then 10,000 tensors of 2,048 elements, or,
+AdamW where they are installed, and the rule's own text without a compiled kernel; the same in bfloat16 with master_codec
+"bits8". Then 10,000 tensors of 2,048 elements, or,
 for fp32, of 1,000, beside one tensor of as many. Steps taken in turn; ratios are medians of ratios of one round.
 """
 
@@ -51,6 +52,14 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in zip(ours, found))
         to_reach = reach.get(name, "≤ 0.1" if name in peers() else None)
         rows.append([f"four GPT-2 layers, {name}", *spread(found), f"{ratio:.3f}", to_reach])
+    low = {"distopt int8 + bits8": in_bfloat16(layers, device)}
+    if device == "cpu":
+        other = in_bfloat16(layers, device)
+        low["distopt int8 + bits8, the rule's text"] = lambda: without_kernels(other)
+    times = in_turn(low, rounds)
+    for name, found in times.items():
+        ratio = statistics.median(a / b for a, b in zip(times["distopt int8 + bits8"], found))
+        rows.append([f"four GPT-2 layers in bfloat16, {name}", *spread(found), f"{ratio:.3f}", None])
     for codec, each in (("int8", 2048), ("fp32", 1000)):
         many, one = tensors([(each,)] * 10_000, device), tensors([(10_000 * each,)], device)
         pair = {
@@ -68,6 +77,14 @@ def main() -> None:
         f"First step of ours, with what it builds if nothing was built before: {first:.1f} s. Steps in turn in one run."
     )
     write_result("int8_step" if device == "cpu" else "int8_step_gpu", {"columns": columns, "rows": rows, "note": note})
+
+
+def in_bfloat16(shapes: list[tuple[int, ...]], device: str) -> Callable[[], Any]:
+    """The step on parameters and gradients of 2 bytes."""
+    params = [torch.nn.Parameter(param.detach().bfloat16()) for param in tensors(shapes, device)]
+    for param in params:
+        param.grad = torch.randn_like(param) * 1e-3
+    return distopt.AdamW(params, state_codec="int8", master_codec="bits8", nonfinite=None).step
 
 
 def peers() -> dict[str, Callable[[Any], Any]]:

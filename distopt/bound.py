@@ -31,6 +31,7 @@ from distopt.rules import group_rule
 from distopt.state.codecs import STORAGE_OPTIONS
 from distopt.state.counters import Counters
 from distopt.state.faces import Faces
+from distopt.state.fused import agree_on_kernels
 from distopt.state.gathering import gather
 from distopt.state.grouping import planned_group
 from distopt.state.loading import load_state_dict
@@ -112,6 +113,8 @@ class Bound:
             make = BoundElementwise if plan.elementwise else BoundGroup
             self.groups.append(make(plan, windows, self.domains, self.device, pager))
             start = stop
+        stepped = [(plan.rule, group.units) for plan, group in zip(self.plans, self.groups) if plan.elementwise]
+        agree_on_kernels(stepped, self.union, self.device)
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
         verdict = (8 * len(self.params) + 4 if self.union.size > 1 else 0) + (
             16 if self.norm.size > 1 and checked else 0

@@ -94,7 +94,7 @@ def step_units(
     h = step_values(rule, step, Shape(1, 1, 1), gpu)
     stepping = [unit for unit in units.units if not inert.issuperset(unit.members)]
     keys = partial(Key, units.plan.storage.seed, step)
-    kernels = Fused(rule, h, grads, inert, keys) if observed is None else None
+    kernels = Fused(rule, h, grads, inert, keys, units.allowed) if observed is None else None
     coded = [unit for unit in stepping if not _is_plain(unit)]
     fused = {id(unit): kernel for unit in coded if kernels and (kernel := kernels.find(unit))}
     exact = exact if observed is None else None

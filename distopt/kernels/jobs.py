@@ -40,11 +40,12 @@ class Job:
 @dataclass(frozen=True)
 class Table:
     """Jobs as they are handed over: `rows` int64 (jobs, WIDTH) on the host, where an address of 0 is nothing; whether any state
-    has `agreed` scales; the `device` of what the addresses point to."""
+    has `agreed` scales; the `device` of what the addresses point to; whether gradients are fp32 (`wide`)."""
 
     rows: np.ndarray
     agreed: bool
     device: torch.device
+    wide: bool = True
 
 
 CodedKernel = Callable[[Table, tuple[float, ...], bool], None]
@@ -66,7 +67,7 @@ def table(jobs: list[Job]) -> Table:
         keys = [state.key for state in job.states]
         rows.append([*row, _address(job.rest), _address(job.numbers), *keys, *[0] * (3 - len(keys))])
     agreed = any(state.agreed is not None for job in jobs for state in job.states)
-    return Table(np.asarray(rows, np.int64), agreed, jobs[0].weight.device)
+    return Table(np.asarray(rows, np.int64), agreed, jobs[0].weight.device, jobs[0].grad.dtype == torch.float32)
 
 
 def _address(tensor: Tensor | None) -> int:

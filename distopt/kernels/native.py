@@ -1,7 +1,9 @@
-"""Compiled kernels on CPU: `step.cpp`, built by the system's C++ compiler for one rule and its codecs when they first step.
+"""Compiled kernels on CPU: `step.cpp`, built by the system's C++ compiler for one rule, its codecs and the storage of weights
+when they first step.
 
 A build takes seconds, and is kept in the user's cache directory under a name that has the source, the compiler's command
-and the processor in it. Where there is no compiler the rule's text runs. Weights and gradients are fp32.
+and the processor in it, with its own sum behind it: one that is torn or damaged is built again. Where there is no compiler
+the rule's text runs.
 """
 
 from __future__ import annotations
@@ -25,24 +27,40 @@ from distopt.kernels.jobs import CodedKernel, Table
 SOURCE = Path(__file__).with_name("step.cpp")
 # No -ffast-math: every operation is rounded as torch rounds it. Without errno and traps loops of roots become vectors.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-CODECS = {("FP32", True): "Fp32", ("FP32", False): "Fp32", ("BF16", True): "Bf16", ("BF16", False): "Bf16"}
-CODECS |= {("Int8", True): "Int8", ("Int8", False): "UInt8"}
-"""(class of the codec, signed) → struct in the source."""
+CODECS = {
+    ("FP32", True): "Fp32", ("FP32", False): "Fp32", ("BF16", True): "Bf16", ("BF16", False): "Bf16",
+    ("BF16Stochastic", True): "Bf16Stochastic", ("BF16Stochastic", False): "Bf16Stochastic",
+    ("Int8", True): "Int8", ("Int8", False): "UInt8", ("Fp8", True): "Fp8", ("Fp8", False): "UFp8",
+}  # fmt: skip
+"""(class of the codec, signed) → struct in the source. int4, whose halves lie apart, runs as text."""
+FORMATS = {torch.float32: "Fp32", torch.bfloat16: "Bf16", torch.float16: "Fp16"}
+RESTS = {
+    None: "Alone<{}>", torch.float32: "Copied<{}>",
+    torch.int8: "ErrorBits<{},int8_t>", torch.int16: "ErrorBits<{},int16_t>",
+}  # fmt: skip
+"""dtype of what is kept of fp32 weights beside the parameter → struct, of the parameter's format."""
+SUM = hashlib.sha256().digest_size
+
+
+def stored_weights(weight: torch.dtype, rest: torch.dtype | None) -> str:
+    """The struct of weights that are stored so."""
+    return RESTS[rest].format(FORMATS[weight])
 
 
 @functools.cache
-def build(rule: str, codecs: tuple[str, ...]) -> CodedKernel | None:
-    """The kernel of a rule for states stored so; None where it cannot be built."""
+def build(rule: str, codecs: tuple[str, ...], weights: str = "Alone<Fp32>") -> CodedKernel | None:
+    """The kernel of a rule for states and weights stored so; None where it cannot be built."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or not sys.platform.startswith("linux"):
         return None
-    names = [*codecs, "Fp32"]
-    command = [compiler, *FLAGS, f"-DRULE={rule}", f"-DCODEC_A={names[0]}", f"-DCODEC_B={names[1]}"]
+    first, second = (*codecs, "Fp32")[:2]
+    structs = {"RULE": rule, "WEIGHTS": weights, "CODEC_A": first, "CODEC_B": second}
+    command = [compiler, *FLAGS, *(f"-D{name}={struct}" for name, struct in structs.items())]
     words = [*command, SOURCE.read_text(), _processor()]
     name = f"step-{hashlib.sha256(chr(0).join(words).encode()).hexdigest()[:24]}.so"
     try:
         cache = _cache()
-        if cache is not None and (cache / name).exists():
+        if cache is not None and _is_whole(cache / name):
             step = ctypes.CDLL(str(cache / name)).step
         else:
             with tempfile.TemporaryDirectory(prefix="distopt-", dir=cache) as folder:
@@ -51,20 +69,32 @@ def build(rule: str, codecs: tuple[str, ...]) -> CodedKernel | None:
                 subprocess.run([*command, *options], check=True, capture_output=True, timeout=300)
                 step = ctypes.CDLL(str(made)).step
                 if cache is not None:
-                    with made.open("rb") as file:  # half a library would end whoever loads it
+                    with made.open("r+b") as file:  # half a library would end whoever loads it
+                        file.write(hashlib.sha256(file.read()).digest())
+                        file.flush()
                         os.fsync(file.fileno())
                     os.replace(made, cache / name)  # ranks may build at the same time
     except (OSError, subprocess.SubprocessError):
         return None
-    step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     step.restype = None
     return functools.partial(_run, step)
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a build that was kept is what was written then."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-SUM]).digest() == content[-SUM:]
 
 
 def _run(step: Callable[..., None], table: Table, scalars: tuple[float, ...], look: bool) -> None:
     numbers = np.zeros(8, np.float32)
     numbers[: len(scalars)] = scalars
-    step(table.rows.ctypes.data, len(table.rows), numbers.ctypes.data, torch.get_num_threads(), int(look))
+    threads = torch.get_num_threads()
+    step(table.rows.ctypes.data, len(table.rows), numbers.ctypes.data, threads, int(look), int(table.wide))
 
 
 def _cache() -> Path | None:

@@ -1,9 +1,10 @@
 // One step of an elementwise rule on states stored as codes: decode, step, encode, tile by tile.
 //
-// A rule is one struct and a codec is one struct; RULE, CODEC_A and CODEC_B pick them when this file is compiled. The same
-// operations in the same order as the rule's text and the codec's, compiled without contraction, with fused multiply-adds
-// only where torch has them (lerp, addcmul, add with alpha). The bits are torch's but for roots: those of torch come from a
-// library that is off by one ulp in one of six, these are the nearest number.
+// A rule is one struct, a codec is one struct, and so is the way in which weights are stored; RULE, WEIGHTS, CODEC_A and
+// CODEC_B pick them when this file is compiled. The same operations in the same order as the rule's text and the codec's,
+// compiled without contraction, with fused multiply-adds only where torch has them (lerp, addcmul, add with alpha). The bits
+// are torch's but for roots: those of torch come from a library that is off by one ulp in one of six, these are the nearest
+// number.
 
 #include <algorithm>
 #include <cmath>
@@ -19,49 +20,173 @@ constexpr int64_t ELEMENTS_PER_THREAD = 1 << 17;
 static inline int32_t bits_of(float x) { int32_t b; std::memcpy(&b, &x, 4); return b; }
 static inline float float_of(int32_t b) { float x; std::memcpy(&x, &b, 4); return x; }
 
-// Codecs.
+// Formats of numbers, each of which is a codec without scales as well.
 
-struct Fp32 {
-    using Code = float;
-    static constexpr bool scaled = false;
-    static float decode(Code code, float) { return code; }
-    static Code encode(float x, float) { return x; }
+struct Unscaled {
+    static constexpr bool scaled = false, stochastic = false;
 };
 
-struct Bf16 {
+struct Fp32 : Unscaled {
+    using Code = float;
+    static float decode(Code code, float = 0) { return code; }
+    static Code encode(float x, float = 0, uint32_t = 0) { return x; }
+};
+
+struct Bf16 : Unscaled {
     using Code = uint16_t;
-    static constexpr bool scaled = false;
-    static float decode(Code code, float) { return float_of(int32_t(code) << 16); }
-    static Code encode(float x, float) {
+    static float decode(Code code, float = 0) { return float_of(int32_t(code) << 16); }
+    static Code encode(float x, float = 0, uint32_t = 0) {
         uint32_t b = uint32_t(bits_of(x));
         return x != x ? 0x7FC0 : Code((b + 0x7FFF + (b >> 16 & 1)) >> 16);
     }
 };
 
-struct Int8 {
+struct Bf16Stochastic : Bf16 {
+    static constexpr bool stochastic = true;
+    static Code encode(float x, float, uint32_t noise) {
+        uint32_t b = uint32_t(bits_of(x));
+        return (b & 0x7F800000) == 0x7F800000 ? Bf16::encode(x) : Code((b + noise) >> 16);
+    }
+};
+
+// Floating point with few bits: MANTISSA of them after the point, exponents biased by BIAS, magnitudes from TOP on inf or NaN.
+template <class CODE, int BIAS, int MANTISSA, int TOP>
+struct Small : Unscaled {
+    using Code = CODE;
+    static constexpr int32_t sign = 1 << (8 * sizeof(Code) - 1);
+    static float decode(Code code, float = 0) {
+        int32_t magnitude = code & (sign - 1), wide = magnitude << (23 - MANTISSA);
+        float x = magnitude >= TOP ? float_of(wide | 0x7F800000) : float_of(wide) * float_of((254 - BIAS) << 23);
+        return float_of(bits_of(x) | (code & sign ? INT32_MIN : 0));
+    }
+    static Code encode(float x, float = 0, uint32_t = 0) {
+        int32_t b = bits_of(x) & 0x7FFFFFFF;
+        constexpr int32_t least = (128 - BIAS) << 23;                // of what is normal here
+        constexpr int32_t unit = (128 - BIAS - MANTISSA + 23) << 23;  // its ulp is the smallest number here
+        int32_t odd = b >> (23 - MANTISSA) & 1;
+        int32_t normal = (b - least + (1 << (22 - MANTISSA)) - 1 + odd) >> (23 - MANTISSA);
+        int32_t below = bits_of(float_of(b) + float_of(unit)) - unit;
+        int32_t found = b < least ? below : std::min(normal + (1 << MANTISSA), TOP);
+        return Code((b > 0x7F800000 ? sign - 1 : found) | (bits_of(x) < 0 ? sign : 0));
+    }
+};
+using Fp16 = Small<uint16_t, 15, 10, 0x7C00>;
+using E4M3 = Small<uint8_t, 7, 3, 0x7F>;
+using E5M2 = Small<uint8_t, 15, 2, 0x7C>;
+
+// Codecs with scales.
+
+struct Scaled {
+    static constexpr bool scaled = true, stochastic = false;
+};
+
+struct Int8 : Scaled {
     using Code = int8_t;
-    static constexpr bool scaled = true;
     static float decode(Code code, float scale) {
         float root = float(code) / 127.0f;
         return root * std::fabs(root) * scale;
     }
-    static Code encode(float x, float scale) {
+    static Code encode(float x, float scale, uint32_t) {
         float root = std::nearbyint(std::sqrt(std::fabs(x) / scale) * 127.0f);
         return Code(int32_t(std::copysign(root, x)));
     }
 };
 
-struct UInt8 {
+struct UInt8 : Scaled {
     using Code = uint8_t;
-    static constexpr bool scaled = true;
     static float decode(Code code, float scale) {
         float root = float(code) / 255.0f;
         float square = root * root;
         return square * square * scale;
     }
-    static Code encode(float x, float scale) {
+    static Code encode(float x, float scale, uint32_t) {
         int32_t code = int32_t(std::nearbyint(std::sqrt(std::sqrt(x / scale)) * 255.0f));
         return Code(x > 0 ? std::max(code, 1) : 0);
+    }
+};
+
+struct Fp8 : Scaled {
+    using Code = uint8_t;
+    static float decode(Code code, float scale) { return E4M3::decode(code) / 448.0f * scale; }
+    static Code encode(float x, float scale, uint32_t) { return E4M3::encode(x / scale * 448.0f); }
+};
+
+struct UFp8 : Scaled {
+    using Code = uint8_t;
+    static float decode(Code code, float scale) { return E5M2::decode(code) / 57344.0f * scale; }
+    static Code encode(float x, float scale, uint32_t) {
+        float share = x / scale * 57344.0f;
+        return E5M2::encode(x > 0 ? std::max(share, 0x1p-16f) : share);
+    }
+};
+
+// How weights are stored: the format of the parameter, and what is kept of fp32 beside it.
+
+template <class F>
+struct Alone {
+    using Format = F;
+    using Rest = char;
+    static constexpr bool kept = false;
+    static float join(typename F::Code param, Rest) { return F::decode(param); }
+    static void split(float x, typename F::Code& param, Rest&) { param = F::encode(x); }
+};
+
+template <class F>
+struct Copied {
+    using Format = F;
+    using Rest = float;
+    static constexpr bool kept = true;
+    static float join(typename F::Code param, Rest rest) {
+        float x = F::decode(param);
+        return F::decode(F::encode(rest)) == x ? rest : x;
+    }
+    static void split(float x, typename F::Code& param, Rest& rest) {
+        param = F::encode(x);
+        rest = x;
+    }
+};
+
+template <class F, class REST>
+struct ErrorBits;
+
+template <class REST>
+struct ErrorBits<Bf16, REST> {
+    using Format = Bf16;
+    using Rest = REST;
+    static constexpr bool kept = true;
+    static constexpr int shift = 16 - 8 * sizeof(Rest);
+    static float join(uint16_t param, Rest rest) {
+        uint32_t lower = (param & 0x7FFF) == 0 ? 0 : uint32_t(int32_t(rest)) << shift;
+        return float_of(int32_t((uint32_t(param) << 16) + lower));
+    }
+    static void split(float x, uint16_t& param, Rest& rest) {
+        uint32_t b = uint32_t(bits_of(x));
+        if (shift) b = (b + (1u << shift >> 1)) & ~((1u << shift) - 1);
+        uint32_t upper = (b + 0x8000) >> 16;
+        param = uint16_t(upper);
+        rest = (upper & 0x7FFF) == 0 ? 0 : Rest(int32_t(b - (upper << 16)) >> shift);
+    }
+};
+
+template <class REST>
+struct ErrorBits<Fp16, REST> {
+    using Format = Fp16;
+    using Rest = REST;
+    static constexpr bool kept = true;
+    static constexpr int bits = 8 * sizeof(Rest);
+    static constexpr float most = (1 << (bits - 1)) - (bits == 16 ? 8 : 1);
+    // The ulp of a half; of zero that of 1/2, as frexp has it.
+    static float ulp(uint16_t param) {
+        int32_t exponent = (param & 0x7FFF) == 0 ? 14 : std::max(param >> 10 & 31, 1);
+        return float_of((exponent + 102) << 23);
+    }
+    static float join(uint16_t param, Rest rest) {
+        return Fp16::decode(param) + float(rest) * (ulp(param) * (1.0f / (1 << bits)));
+    }
+    static void split(float x, uint16_t& param, Rest& rest) {
+        param = Fp16::encode(std::min(std::max(x, -65504.0f), 65504.0f));
+        float share = std::nearbyint((x - Fp16::decode(param)) / ulp(param) * float(1 << bits));
+        rest = Rest(std::min(std::max(share, -most), most));
     }
 };
 
@@ -110,13 +235,23 @@ struct State {
     float* agreed;
 };
 struct Job {
-    float* weight;
-    const float* grad;
+    void* weight;
+    const void* grad;
     const int64_t* starts;
     int64_t tiles, numel;
     State a, b;
-    int64_t others[5];  // of what is not stepped here: weights of lower precision, stochastic rounding
+    void* rest;
+    const int64_t* numbers;
+    uint64_t keys[3];
 };
+
+// 16 random bits for an element of this number: see state/noise.py.
+static inline uint32_t random_bits(uint64_t element, uint64_t key) {
+    uint64_t x = element * 0x9E3779B97F4A7C15 + key;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+    return uint32_t(x >> 48);
+}
 
 template <class C>
 static void decode(const State& state, int64_t start, int64_t tile, int n, float* x) {
@@ -132,7 +267,8 @@ static float largest(const float* x, int n) {
 }
 
 template <class C>
-static void encode(const State& state, int64_t start, int64_t tile, int n, const float* x, bool look) {
+static void encode(const Job& job, int place, int64_t start, int64_t tile, int n, const float* x, bool look) {
+    const State& state = place ? job.b : job.a;
     if (look) {
         if (C::scaled && state.agreed) state.agreed[tile] = largest(x, n);
         return;
@@ -144,12 +280,16 @@ static void encode(const State& state, int64_t start, int64_t tile, int n, const
         state.scales[tile] = scale;
     }
     auto codes = static_cast<typename C::Code*>(state.codes) + start;
-    for (int i = 0; i < n; ++i) codes[i] = C::encode(x[i], scale);
+    uint64_t first = C::stochastic ? uint64_t(job.numbers[tile]) : 0, key = job.keys[place];
+    for (int i = 0; i < n; ++i) codes[i] = C::encode(x[i], scale, C::stochastic ? random_bits(first + i, key) : 0);
 }
 
-template <class R, class A, class B>
+template <class R, class W, class G, class A, class B>
 static void run(const Job& job, int64_t first, int64_t last, const float* s, bool look) {
-    alignas(64) float a[BLOCK], b[BLOCK], w[BLOCK];
+    alignas(64) float a[BLOCK], b[BLOCK], w[BLOCK], g[BLOCK];
+    auto weight = static_cast<typename W::Format::Code*>(job.weight);
+    auto grad = static_cast<const typename G::Code*>(job.grad);
+    typename W::Rest nothing = 0, *rest = W::kept ? static_cast<typename W::Rest*>(job.rest) : &nothing;
     float scalars[8];
     std::copy(s, s + 8, scalars);
     for (int64_t tile = first; tile < last; ++tile) {
@@ -158,16 +298,20 @@ static void run(const Job& job, int64_t first, int64_t last, const float* s, boo
         int n = int(stop - start);
         decode<A>(job.a, start, tile, n, a);
         if (R::states > 1) decode<B>(job.b, start, tile, n, b);
-        std::copy(job.weight + start, job.weight + stop, w);
-        for (int i = 0; i < n; ++i) R::step(w[i], job.grad[start + i], a[i], b[i], scalars);
-        if (!look) std::copy(w, w + n, job.weight + start);
-        encode<A>(job.a, start, tile, n, a, look);
-        if (R::states > 1) encode<B>(job.b, start, tile, n, b, look);
+        for (int i = 0; i < n; ++i) w[i] = W::join(weight[start + i], rest[W::kept ? start + i : 0]);
+        for (int i = 0; i < n; ++i) g[i] = G::decode(grad[start + i]);
+        for (int i = 0; i < n; ++i) R::step(w[i], g[i], a[i], b[i], scalars);
+        if (!look)
+            for (int i = 0; i < n; ++i) W::split(w[i], weight[start + i], rest[W::kept ? start + i : 0]);
+        encode<A>(job, 0, start, tile, n, a, look);
+        if (R::states > 1) encode<B>(job, 1, start, tile, n, b, look);
     }
 }
 
-// Steps `count` jobs; with `look` only the maxima of tiles are written, where `agreed` is not null.
-extern "C" void step(const Job* jobs, int64_t count, const float* scalars, int threads, int look) {
+// Steps `count` jobs, whose gradients are in the format of the weights or, with `wide`, in fp32; with `look` only the maxima of
+// tiles are written, where `agreed` is not null.
+extern "C" void step(const Job* jobs, int64_t count, const float* scalars, int threads, int look, int wide) {
+    auto step_tiles = wide ? run<RULE, WEIGHTS, Fp32, CODEC_A, CODEC_B> : run<RULE, WEIGHTS, WEIGHTS::Format, CODEC_A, CODEC_B>;
     int64_t total = 0;
     for (int64_t j = 0; j < count; ++j) total += jobs[j].numel;
     int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, total / ELEMENTS_PER_THREAD));
@@ -179,7 +323,7 @@ extern "C" void step(const Job* jobs, int64_t count, const float* scalars, int t
                 int64_t inside = std::min(std::max<int64_t>(element - before, 0), jobs[j].numel);
                 return inside == jobs[j].numel ? jobs[j].tiles : int64_t(double(inside) / jobs[j].numel * jobs[j].tiles);
             };
-            run<RULE, CODEC_A, CODEC_B>(jobs[j], tile(from), tile(to), scalars, look);
+            step_tiles(jobs[j], tile(from), tile(to), scalars, look);
         }
     };
     std::vector<std::thread> others;

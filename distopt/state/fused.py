@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distopt.comm.groups import Domain
 from distopt.kernels import native
-from distopt.kernels.elementwise import EXAMPLES, told
+from distopt.kernels.elementwise import EXAMPLES, Told, told
 from distopt.kernels.jobs import (
     GRAD,
     KEYS,
@@ -34,34 +35,46 @@ from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
 from distopt.state.codecs.base import FLOOR, Codec
 from distopt.state.coded import Agreed
+from distopt.state.master import Master
 from distopt.state.noise import Key
-from distopt.state.units import Section, Unit
+from distopt.state.units import Section, Unit, Units
+
+Stepped = tuple[str, tuple[Codec, ...], torch.dtype, Master | None]
+"""What a compiled kernel is for: the name of a rule, codecs of its states, dtype of weights and what is kept beside them."""
 
 
 class Fused:
-    """Kernels for the units of one step of a group."""
+    """Kernels for the units of one step of a group; compiled ones only if they are `allowed` (None: all are)."""
 
     def __init__(
-        self, rule: Rule, h: Any, grads: dict[int, Tensor], inert: set[int], keys: Callable[[str], Key]
+        self,
+        rule: Rule,
+        h: Any,
+        grads: dict[int, Tensor],
+        inert: set[int],
+        keys: Callable[[str], Key],
+        allowed: frozenset[Stepped] | None = None,
     ) -> None:
-        self.told, self.grads, self.inert, self.keys = told(rule, h), grads, inert, keys
+        self.told, self.grads, self.inert, self.keys, self.allowed = told(rule, h), dict(grads), inert, keys, allowed
         self.weights: dict[int, Tensor] = {}
 
     def find(self, unit: Unit) -> CodedKernel | None:
         """The kernel for the rule and this unit's states, if there is one."""
-        if self.told is None or unit.stores.keys() != set(self.told.states):
+        stepped = _stepped(self.told, unit) if self.told is not None else None
+        if stepped is None:
             return None
-        codecs = tuple(unit.stores[name].codec for name in self.told.states)
-        weight, grads = unit.windows[0].param.dtype, {self.grads[i].dtype for i in unit.members}
-        rest = unit.master.dtype if unit.master is not None else None
-        if len(grads) > 1:
-            return None
-        [grad] = grads
+        name, codecs, weight, master = stepped
+        if len(self._grad_dtypes(unit)) > 1:  # what is missing here and not elsewhere counts as zeros, which are fp32
+            self.grads |= {i: self.grads[i].float() for i in unit.members}
+        [grad] = self._grad_dtypes(unit)
         if unit.windows[0].param.is_cuda:
-            return _triton(self.told.name, codecs, weight, rest, grad)
-        if weight != torch.float32 or grad != torch.float32:
+            return _triton(name, codecs, weight, None if master is None else master.dtype, grad)
+        if grad not in (torch.float32, weight) or (self.allowed is not None and stepped not in self.allowed):
             return None
-        return _native(self.told.name, codecs)
+        return _native(*stepped)
+
+    def _grad_dtypes(self, unit: Unit) -> set[torch.dtype]:
+        return {self.grads[i].dtype for i in unit.members if i not in self.inert}
 
     def look(self, kernel: CodedKernel, unit: Unit, section: Section) -> dict[str, Tensor]:
         """The new maxima of the tiles of a section that an edge of a shard cuts, by state."""
@@ -95,7 +108,8 @@ class Fused:
         grads = [self.grads[number] for number in unit.members]
         skipped = begin - parts[:, 0]
         rows[:, WEIGHT] = np.array(self._weights(unit)) + skipped * unit.windows[0].param.element_size()
-        rows[:, GRAD] = np.array([grad.data_ptr() for grad in grads]) + skipped * grads[0].element_size()
+        [dtype] = self._grad_dtypes(unit)
+        rows[:, GRAD] = np.array([grad.data_ptr() for grad in grads]) + skipped * dtype.itemsize
         rows[:, TILES], rows[:, NUMEL] = tile_end - tile, end - begin
         starts = _tile_starts(section.shape, self._device(section))
         if starts is not None:
@@ -114,7 +128,8 @@ class Fused:
                 rows[:, KEYS + place] = self.keys(name).start
         rows = rows[(end > begin) & [number not in self.inert for number in unit.members]]
         if len(rows):
-            kernel(Table(rows, bool(scales), self._device(section)), self.told.scalars, look)
+            at = self._device(section)
+            kernel(Table(rows, bool(scales), at, dtype == torch.float32), self.told.scalars, look)
 
     def _weights(self, unit: Unit) -> list[int]:
         """The addresses of the weights of its members."""
@@ -154,14 +169,27 @@ def _triton(
 
 
 @cache
-def _native(name: str, codecs: tuple[Codec, ...]) -> CodedKernel | None:
-    """The compiled kernel of a rule and these codecs of its states, if there is one and it does what the rule's text does."""
+def _native(name: str, codecs: tuple[Codec, ...], weight: torch.dtype, master: Master | None) -> CodedKernel | None:
+    """The compiled kernel of a rule and this storage of its states and weights, if there is one and it does what the rule's
+    text does, with gradients like the weights and with fp32 ones."""
     structs = tuple(native.CODECS.get((type(codec).__name__, codec.signed), "") for codec in codecs)
-    kernel = native.build(name, structs) if all(structs) else None
-    return kernel if kernel is not None and _agrees(kernel, name, codecs) else None
+    if not all(structs):
+        return None
+    kernel = native.build(name, structs, native.stored_weights(weight, None if master is None else master.dtype))
+    if kernel is None:
+        return None
+    agrees = all(_agrees(kernel, name, codecs, weight, master, grad) for grad in {weight, torch.float32})
+    return kernel if agrees else None
 
 
-def _agrees(kernel: CodedKernel, name: str, codecs: tuple[Codec, ...]) -> bool:
+def _agrees(
+    kernel: CodedKernel,
+    name: str,
+    codecs: tuple[Codec, ...],
+    low: torch.dtype,
+    master: Master | None,
+    grads: torch.dtype,
+) -> bool:
     """Whether a step of the kernel is one of the rule's text, on numbers of many sizes. The bits may differ: torch's roots are
     not always the nearest number, the kernel's are."""
     rule, count = EXAMPLES[name], 64
@@ -170,28 +198,68 @@ def _agrees(kernel: CodedKernel, name: str, codecs: tuple[Codec, ...]) -> bool:
     assert known is not None and known.name == name
     generator = torch.Generator().manual_seed(0)
     weight, grad, *values = (
-        torch.randn((count, BLOCK), generator=generator) * torch.randn((count, 1), generator=generator).mul(4).exp()
+        torch.randn((count, BLOCK), generator=generator) * torch.randn((count, 1), generator=generator).mul(2).exp()
         for _ in range(2 + len(codecs))
     )
+    param, rest = (weight.to(low, copy=True), None) if master is None else master.split(weight, low)
+    before = _joined(master, param, rest).clone()
+    grad = grad.to(grads)
+    numbers, elements = torch.arange(count) * BLOCK, torch.arange(count * BLOCK).view(count, BLOCK)
     stored, decoded = [], []
     declared = rule.states(Shape(1, 1, 1))
     for state, codec, value in zip(known.states, codecs, values):
         value = value if declared[state].signed else value.square()
         scale = value.abs().amax(1, keepdim=True).clamp(min=FLOOR)
-        stored.append((codec.encode(value, scale, value).clone(), scale.view(-1).clone()))
-        decoded.append(codec.decode(stored[-1][0], scale))
+        codes = codec.encode(value, scale, Key(0, 3, state).bits(elements)).clone()
+        stored.append((codes, scale.view(-1).clone()))
+        decoded.append(codec.decode(codes, scale))
     view = StateView(dict(zip(known.states, decoded)))
-    before, expected = weight.clone(), rule.update(grad, weight, view, h)
+    expected = rule.update(grad.float(), before, view, h)
     codings = tuple(
-        Coding(codes.view(-1), scale if codec.scaled else None) for codec, (codes, scale) in zip(codecs, stored)
+        Coding(codes.view(-1), scale if codec.scaled else None, None, Key(0, 3, state).start)
+        for state, codec, (codes, scale) in zip(known.states, codecs, stored)
     )
-    kernel(table([Job(weight.view(-1), grad.view(-1), None, count, None, codings)]), known.scalars, False)
-    same = ((weight - expected).abs() <= 1e-6 * (before.abs() + expected.abs())).all()
+    flat = None if rest is None else rest.view(-1)
+    job = Job(param.view(-1), grad.view(-1), None, count, flat, codings, numbers)
+    kernel(table([job]), known.scalars, False)
+    after = _joined(master, param, rest)
+    expected = _joined(master, *((expected.to(low), None) if master is None else master.split(expected, low)))
+    # Where a number lies between two that can be stored, its last bit decides.
+    far = (after - expected).abs() > 1e-6 * (before.abs() + expected.abs())
+    same = far.float().mean().item() <= (0 if low == torch.float32 else 1e-2)
     for codec, (codes, scale), state in zip(codecs, stored, known.states):
         new = getattr(view, state)
         largest = new.abs().amax(1, keepdim=True).clamp(min=FLOOR)
-        # Where a root lies between two codes, its last bit decides.
-        apart = (codec.encode(new, largest, new).float() - codes.float()).ne(0)
+        noise = Key(0, 3, state).bits(elements)
+        apart = (codec.encode(new, largest, noise).float() - codes.float()).ne(0)
         same &= apart.float().mean().item() <= 1e-3
         same &= not codec.scaled or torch.allclose(largest.view(-1), scale, rtol=1e-6)
-    return bool(same)
+    return same
+
+
+def _joined(master: Master | None, param: Tensor, rest: Tensor | None) -> Tensor:
+    return param.float() if master is None or rest is None else master.join(param, rest)
+
+
+def agree_on_kernels(groups: Iterable[tuple[Rule, Units]], union: Domain, device: torch.device) -> None:
+    """Allow the compiled kernels that all ranks have, of those that these rules can use: where one rank runs a rule's text,
+    all do, or replicas would differ in last bits. Collective."""
+    if union.size == 1 or device.type != "cpu":
+        return
+    wanted: dict[Stepped, None] = {}
+    asked = list(groups)
+    for rule, units in asked:
+        known = told(rule, step_values(rule, 2, Shape(1, 1, 1), False))
+        wanted |= {stepped: None for unit in units.units if known and (stepped := _stepped(known, unit))}
+    rows = union.all_gather_ints([int(_native(*stepped) is not None) for stepped in wanted], device) if wanted else []
+    allowed = frozenset(stepped for stepped, *votes in zip(wanted, *rows) if all(votes))
+    for _, units in asked:
+        units.allowed = allowed
+
+
+def _stepped(known: Told, unit: Unit) -> Stepped | None:
+    """How a unit's states and weights are stored, if they are those of the rule."""
+    if unit.stores.keys() != set(known.states):
+        return None
+    codecs = tuple(unit.stores[name].codec for name in known.states)
+    return known.name, codecs, unit.windows[0].param.dtype, unit.master

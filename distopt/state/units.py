@@ -129,6 +129,7 @@ class Units:
     ) -> None:
         self.plan, self.units, self.domains, self.device, self.pager = plan, units, domains, device, pager
         self.owned = owned or {}
+        self.allowed: frozenset[Any] | None = None  # compiled kernels that all ranks have; None: nobody else to ask
         self.of = {number: unit for unit in units for number in unit.members}
 
     def holds(self, number: int, name: str) -> bool:

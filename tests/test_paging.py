@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import distopt
+from distopt.plan import build as planning
 from distopt.plan import pages as planned
 from distopt.state.codecs import CODECS
 from tests.cases import collect
@@ -81,6 +82,16 @@ def test_what_moves_is_what_the_plan_says(tier: str, rule: str, options: dict[st
     if "state_codec" in options:
         fp32 = build(rule, shapes, lr=1e-3, offload="cpu")[1].plan.summary()
         assert plan["page_bytes_read_per_step"] < 0.3 * fp32["page_bytes_read_per_step"]
+
+
+def test_a_parameter_in_several_buckets_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "BUCKET_BYTES", 0)
+    shapes = {"experts": (6, 64, 96), "square": (64, 64)}
+    params, built = build("Muon", shapes, lr=1e-2, offload="cpu")
+    plan = built.plan.summary()
+    built.reset_traffic()
+    train(params, built, range(1), gaps=False)
+    assert built.traffic()["page_bytes_read"] == plan["page_bytes_read_per_step"] == 4 * (6 * 64 * 96 + 64 * 64)
 
 
 def test_shares_and_budgets_are_kept(tmp_path: Path) -> None:

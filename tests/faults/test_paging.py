@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from distopt.plan import pages as planned
 from distopt.state.pages import pool as pools
-from distopt.state.pages.file import PageError
+from distopt.state.pages.file import PageError, PageFile
 from tests.faults import paging
 from tests.paging import MIXED, SMALL, Params, build, differing, train
 
@@ -209,6 +211,24 @@ def test_a_write_that_fails_in_a_step_is_an_error_and_stays_one(paged: Any, monk
     monkeypatch.undo()
     with pytest.raises(ValueError, match="pages of states are lost"):
         train(params, built, range(3, 4))
+
+
+def test_a_page_that_is_written_twice_has_what_was_written_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, begun = PageFile.save, set()
+
+    def slow_at_first(file: PageFile, page: planned.Page, source: Tensor) -> None:
+        if page not in begun:
+            begun.add(page)
+            time.sleep(0.1)
+        save(file, page, source)
+
+    monkeypatch.setattr(PageFile, "save", slow_at_first)
+    ran = [build("ScheduleFreeProdigy", SMALL, lr=1.0, offload=offload) for offload in (None, f"disk:{tmp_path}")]
+    for each in ran:  # z begins as the weights: written as zeros, then as these
+        train(*each, range(2))
+    assert differing(*ran) == []
 
 
 def test_a_budget_that_cannot_fit_says_what_would() -> None:

@@ -64,12 +64,17 @@ class HostMover:
             written.result()
         self.places[page.tier].load(page, into)
 
+    def _save(self, page: Page, source: Tensor, written: Future[None] | None) -> None:
+        if written is not None:  # two writes of a page at once would leave either
+            written.result()
+        self.places[page.tier].save(page, source)
+
     def start_fresh(self, slot: Slot) -> None:
         """A slot whose bytes will be written on the device."""
 
     def start_write(self, page: Page, slot: Slot) -> None:
         """Take a page away."""
-        slot.work = self._written[page] = self._submit(self.places[page.tier].save, page, slot.buffer)
+        slot.work = self._written[page] = self._submit(self._save, page, slot.buffer, self._written.get(page))
 
     def let_go(self, slot: Slot) -> None:
         """A slot that is not written back."""
@@ -143,12 +148,12 @@ class CudaMover(HostMover):
             target[: page.nbytes].copy_(slot.buffer[: page.nbytes], non_blocking=True)
             slot.free.record(self.outward)
         if isinstance(place, PageFile):
-            slot.work = self._written[page] = self._submit(self._write_file, place, page, slot)
+            slot.work = self._written[page] = self._submit(self._write_file, page, slot, self._written.get(page))
 
-    def _write_file(self, place: PageFile, page: Page, slot: Slot) -> None:
+    def _write_file(self, page: Page, slot: Slot, written: Future[None] | None) -> None:
         assert slot.staging is not None
         slot.free.synchronize()
-        place.save(page, slot.staging)
+        self._save(page, slot.staging, written)
 
     def start_fresh(self, slot: Slot) -> None:
         stream = torch.cuda.current_stream(self.device)

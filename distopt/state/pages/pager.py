@@ -71,10 +71,10 @@ class Pager:
         return f"pages of states are lost: {self.failure}. Build the optimizer anew and load the last checkpoint"
 
     def expect(self, pages: Iterable[Page]) -> None:
-        """Begin to fetch these, which are wanted next, in this order."""
+        """Begin to fetch these, which are wanted next, in this order; each once, however often it is named."""
         for page in list(self._coming):
             self._drop(page)
-        self._ahead = deque(page for page in pages if page not in self._here)
+        self._ahead = deque(page for page in dict.fromkeys(pages) if page not in self._here)
         self._fetch_ahead()
 
     @contextmanager

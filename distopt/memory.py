@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distopt.build import model_of_shapes, parameter_groups
 from distopt.layouts import Layout, Sharded, layout_of, reshard
-from distopt.options import GROUP_OPTIONS
+from distopt.options import check_options, complete_group, optimizer_defaults
 from distopt.plan.buckets import Spec
 from distopt.plan.build import plan_group
 from distopt.plan.geometry import logical_of
@@ -22,7 +22,7 @@ from distopt.plan.pages import device_bytes, plan_pages
 from distopt.plan.paper import Mesh, tensor_parallel_dim
 from distopt.quasi_newton import DRIVERS, driver_class
 from distopt.rule import Rule, require
-from distopt.rules import RULES, nearest, rule_class
+from distopt.rules import RULES, nearest
 from distopt.state.grouping import planned_group
 
 
@@ -56,6 +56,7 @@ def state_bytes(
         options: further ones of `create_optimizer` and of the rule: `rest`, `amsgrad`, `rank`, …
 
     Raises:
+        TypeError: an option that there is not.
         ValueError: a name that is no optimizer's, an option or a layout that cannot be served.
     """
     known = [*RULES, *DRIVERS]
@@ -85,20 +86,11 @@ def state_bytes(
         ]
         return _vectors_and_matrices(name, lying, rank, options)
     groups, own, _ = parameter_groups(name, model, lr=1e-3, **options)
+    check_options(name, own)
+    defaults = optimizer_defaults(name, {**own, "state_codec": state_codec, "offload": offload})
     plans = []
     for group in groups:
-        rule_name = group.get("rule", name)
-        defaults = {f.name: f.default for f in fields(rule_class(rule_name))}
-        given = own if rule_name == name else {}
-        settled = {
-            **defaults,
-            **GROUP_OPTIONS,
-            **given,
-            **group,
-            "rule": rule_name,
-            "state_codec": state_codec,
-            "offload": offload,
-        }
+        settled = complete_group(group, defaults)
         specs = []
         for key, param in group["params"]:
             found = _on_paper(mesh, rank, key, param) if mesh is not None else layout_of(param, rank)

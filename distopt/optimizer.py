@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -16,18 +15,15 @@ from distopt.layouts import global_shape, reshard
 from distopt.names import parameter_names, strip_groups, strip_prefixes
 from distopt.observation import observe
 from distopt.options import (
-    GROUP_OPTIONS,
     check_group,
     check_options,
     check_shapes,
     complete_group,
     engine_options,
-    known_options,
-    rule_defaults,
+    optimizer_defaults,
 )
 from distopt.plan.report import PlanReport
 from distopt.rule import require
-from distopt.rules import rule_class
 from distopt.state.loading import load_groups
 from distopt.vanishing import Vanishing
 
@@ -102,9 +98,7 @@ class Optimizer(torch.optim.Optimizer):
         self._bound: Bound | None = None
         self._pending: dict[str, Any] | None = None
         self._shapes: set[tuple[int, ...]] = set()
-        hyper = {f.name: options[f.name] for f in fields(rule_class(rule)) if f.name in options}
-        shared = {name: options.get(name, default) for name, default in GROUP_OPTIONS.items()}
-        super().__init__(params, {"rule": rule, **rule_defaults(rule), **hyper, **shared})
+        super().__init__(params, optimizer_defaults(rule, options))
         parameter_names(self.param_groups)
         self._constructed = True
 
@@ -149,10 +143,9 @@ class Optimizer(torch.optim.Optimizer):
                 the meta device, or there twice; a name that is there twice.
         """
         group = complete_group(param_group, self.defaults)
-        allowed = known_options(group["rule"]) | {"rule"}
         before = self.defaults
         try:
-            self.defaults = {key: value for key, value in self.defaults.items() if key in allowed}
+            self.defaults = {}  # torch's way to complete a group knows one rule
             super().add_param_group(group)
         finally:
             self.defaults = before

@@ -44,14 +44,14 @@ def rule_defaults(rule: str) -> dict[str, Any]:
     return {f.name: f.default for f in fields(rule_class(rule)) if f.default is not MISSING}
 
 
-def known_options(rule: str) -> set[str]:
+def known_options(rule: str) -> list[str]:
     """What a group of this rule may set."""
-    return {f.name for f in fields(rule_class(rule))} | GROUP_OPTIONS.keys()
+    return [*(f.name for f in fields(rule_class(rule))), *GROUP_OPTIONS]
 
 
 def check_options(rule: str, options: Iterable[str]) -> None:
     """Raise TypeError for the name of an option that neither the rule nor the engine has."""
-    known = [f.name for f in fields(rule_class(rule))] + [*ENGINE_OPTIONS, *GROUP_OPTIONS]
+    known = [*known_options(rule), *ENGINE_OPTIONS]
     for name in sorted(set(options) - set(known) - set(TORCH_OPTIONS)):
         near = get_close_matches(name, known, n=1)
         raise TypeError(f"{rule} has no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
@@ -82,16 +82,22 @@ def engine_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return engine
 
 
+def optimizer_defaults(rule: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What groups of an optimizer have where they say nothing."""
+    known = {**rule_defaults(rule), **GROUP_OPTIONS}
+    return {"rule": rule, **known, **{name: options[name] for name in known_options(rule) if name in options}}
+
+
 def complete_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A group with what it does not take from the optimizer's `defaults`: the options of a rule of its own, of which lr and
-    weight decay are the optimizer's.
+    """A group with all its options. Where it has a rule of its own, hyperparameters default to that rule's, lr, weight decay
+    and storage to the optimizer's `defaults`.
 
     Raises:
         ValueError: an unknown option or rule.
     """
     name = group.get("rule", defaults["rule"])
     allowed = known_options(name)
-    for key in group.keys() - allowed - BOOKKEEPING - set(TORCH_OPTIONS):
+    for key in group.keys() - {*allowed, *BOOKKEEPING, *TORCH_OPTIONS}:
         near = get_close_matches(key, sorted(allowed), n=1)
         raise ValueError(f"a group for {name} has no option {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
     complete = {**group, "rule": name}
@@ -105,7 +111,7 @@ def complete_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
         complete = {**rule_defaults(name), **own, **shared, **complete}
     if rule_class(name).modes:
         complete.setdefault("train_mode", True)
-    return complete
+    return complete | {key: value for key, value in defaults.items() if key in allowed and key not in complete}
 
 
 def check_group(group: dict[str, Any], position: int) -> None:

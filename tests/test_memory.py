@@ -71,6 +71,25 @@ def test_formula_knows_codecs(codec: str) -> None:
     assert found == plain if codec == "fp32" else found < 0.7 * plain
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"master_codec": "fp32"},
+        {"state_codec": {"momentum_buffer": "int8"}},
+        {"state_codec": "int8", "rest_options": {"state_codec": "bf16"}},
+    ],
+)
+def test_formula_completes_groups_of_another_rule_as_optimizers_do(options: dict[str, Any]) -> None:
+    model = model_of({"embed": (100, 64), "hidden": (96, 64)}).bfloat16()
+    built = distopt.create_optimizer("muon", model, lr=0.1, **options)
+    assert distopt.state_bytes("muon", model, **options) == built.plan.summary()["state_bytes"]
+
+
+def test_formula_refuses_options_that_there_are_not() -> None:
+    with pytest.raises(TypeError, match="did you mean 'amsgrad'"):
+        distopt.state_bytes("adamw", model_of(SHAPES), amsgrd=True)
+
+
 def compared(layout: str) -> list[tuple[str, int, int]]:
     """(rule, formula, allocated bytes) on this rank, where they differ; and what all of them take together."""
     chosen = LAYOUTS[layout]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from difflib import get_close_matches
 from math import prod
 from pathlib import Path
@@ -23,13 +23,11 @@ from torch import nn
 
 from distopt.build import model_of_shapes, parameter_groups
 from distopt.cli.tables import OnPaper, comparison, draw, table
-from distopt.options import GROUP_OPTIONS, check_options, known_options
+from distopt.options import check_options, complete_group, known_options, optimizer_defaults
 from distopt.plan.buckets import Spec
 from distopt.plan.build import plan_group
 from distopt.plan.cost import Rates, load_rates
 from distopt.plan.paper import Mesh, loads_of, tensor_parallel_dim
-from distopt.rules import rule_class
-from distopt.state.codecs import STORAGE_OPTIONS
 from distopt.state.grouping import planned_group
 
 
@@ -141,12 +139,7 @@ def plan_model(
     for number, group in enumerate(groups):
         rule_name = group.get("rule", name)
         check_options(rule_name, group.keys() - {"params", "rule"})
-        defaults = {**{f.name: f.default for f in fields(rule_class(rule_name))}, **GROUP_OPTIONS}
-        # As groups of an optimizer are made: a dict of codecs names states of the optimizer's own rule.
-        shared = {
-            k: v for k, v in own.items() if rule_name == name or (k in STORAGE_OPTIONS and not isinstance(v, dict))
-        }
-        complete = {**defaults, **shared, **group, "rule": rule_name}
+        complete = complete_group(group, optimizer_defaults(name, own))
         specs = []
         for key, param in group["params"]:
             layout = mesh.layout(tuple(param.shape), tp_dims[key])

@@ -41,7 +41,13 @@ def steps() -> list[dict[str, Any]]:
         options = triton_step.options(rule, states, weight, rest, weight)
         assert options is not None
         found.append(options | flags)
-    return [*found, found[0] | {"RAGGED": True, "AGREED": True}, found[0] | {"RAGGED": True, "LOOK": True}]
+    [packed] = [options for options, (_, codec, _) in zip(found, plain + coded) if codec == "Int4"]
+    cut = [
+        packed | {"RAGGED": True},
+        found[0] | {"RAGGED": True, "AGREED": True},
+        found[0] | {"RAGGED": True, "LOOK": True},
+    ]
+    return found + cut
 
 
 def main() -> None:

@@ -14,12 +14,13 @@ from torch import Tensor
 class Coding:
     """One state of a tensor as it is stored: codes, flat; a scale per tile, or None; where ranks have to agree on scales,
     `agreed` (tiles,): the kernel's scales are at least that, and when it only looks it writes its maxima there; `key`, what
-    stochastic rounding starts from."""
+    stochastic rounding starts from; `packed`: two codes of 4 bits per byte."""
 
     codes: Tensor
     scales: Tensor | None
     agreed: Tensor | None = None
     key: int = 0
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ CodedKernel = Callable[[Table, tuple[float, ...], bool], None]
 
 WIDTH = 16
 WEIGHT, GRAD, STARTS, TILES, NUMEL, STATES, REST, NUMBERS, KEYS = 0, 1, 2, 3, 4, 5, 11, 12, 13
-"""Columns: from STATES on codes, scales and agreed of one state, then of the next; from KEYS on a key per state."""
+"""Columns: from STATES on codes, scales and agreed of one state, then of the next; from KEYS on a key per state. Codes of 4
+bits are counted in half bytes, so that they may begin within one."""
 
 
 def table(jobs: list[Job]) -> Table:
@@ -62,7 +64,7 @@ def table(jobs: list[Job]) -> Table:
     for job in jobs:
         row = [job.weight.data_ptr(), job.grad.data_ptr(), _address(job.starts), job.tiles, job.weight.numel()]
         for state in job.states:
-            row += [state.codes.data_ptr(), _address(state.scales), _address(state.agreed)]
+            row += [state.codes.data_ptr() << state.packed, _address(state.scales), _address(state.agreed)]
         row += [0] * (REST - len(row))
         keys = [state.key for state in job.states]
         rows.append([*row, _address(job.rest), _address(job.numbers), *keys, *[0] * (3 - len(keys))])

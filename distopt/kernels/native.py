@@ -32,7 +32,7 @@ CODECS = {
     ("BF16Stochastic", True): "Bf16Stochastic", ("BF16Stochastic", False): "Bf16Stochastic",
     ("Int8", True): "Int8", ("Int8", False): "UInt8", ("Fp8", True): "Fp8", ("Fp8", False): "UFp8",
 }  # fmt: skip
-"""(class of the codec, signed) → struct in the source. int4, whose halves lie apart, runs as text."""
+"""(class of the codec, signed) → struct in the source. int4 runs as text."""
 FORMATS = {torch.float32: "Fp32", torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 RESTS = {
     None: "Alone<{}>", torch.float32: "Copied<{}>",

@@ -95,28 +95,105 @@ def encode_uint8(x, scale, noise):
     return tl.where(x > 0, tl.maximum(code, 1.0), 0.0).to(tl.uint8)
 
 
+@triton.jit
+def decode_int4(code, scale):
+    root = tl.div_rn((code.to(tl.int32) ^ 8).to(tl.float32) - 8.0, 7.0)
+    return root * tl.abs(root) * scale
+
+
+@triton.jit
+def encode_int4(x, scale, noise):
+    root = nearest(tl.sqrt_rn(tl.div_rn(tl.abs(x), scale)) * 7.0)
+    return tl.where(x < 0, -root, root).to(tl.int32) & 15
+
+
+@triton.jit
+def decode_uint4(code, scale):
+    root = tl.div_rn(code.to(tl.float32), 15.0)
+    return root * root * scale
+
+
+@triton.jit
+def encode_uint4(x, scale, noise):
+    code = nearest(tl.sqrt_rn(tl.div_rn(x, scale)) * 15.0)
+    return tl.where(x > 0, tl.maximum(code, 1.0), 0.0).to(tl.int32)
+
+
+@triton.jit
+def _decode_float8(code, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+    bits = code.to(tl.int32)
+    magnitude = bits & 0x7F
+    normal = ((magnitude << (23 - MANTISSA)) + ((127 - BIAS) << 23)).to(tl.float32, bitcast=True)
+    below = magnitude.to(tl.float32) * (2.0 ** (1 - BIAS - MANTISSA))
+    value = tl.where(magnitude >> MANTISSA == 0, below, normal)
+    value = tl.where(magnitude == 0x7F, float("nan"), value)
+    return tl.where(bits & 0x80 != 0, -value, value)
+
+
+@triton.jit
+def _encode_float8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+    """Of magnitudes up to the format's largest: integers, because sm_80 has no conversion."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    cut: tl.constexpr = 23 - MANTISSA
+    odd = (magnitude >> cut) & 1
+    normal = (magnitude - ((127 - BIAS) << 23) + ((1 << (cut - 1)) - 1) + odd) >> cut
+    # Below the normal numbers all have the same distance: that of the fp32 numbers around this power of two.
+    shift: tl.constexpr = 2.0 ** (23 + 1 - BIAS - MANTISSA)
+    below = (tl.abs(x) + shift).to(tl.int32, bitcast=True) & 0x7FFFFF
+    code = tl.where(magnitude >> 23 < 128 - BIAS, below, normal)
+    code = tl.where(x == x, code, 0x7F)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def decode_e4m3(code, scale):
+    return tl.div_rn(_decode_float8(code, 3, 7), 448.0) * scale
+
+
+@triton.jit
+def encode_e4m3(x, scale, noise):
+    return _encode_float8(tl.div_rn(x, scale) * 448.0, 3, 7)
+
+
+@triton.jit
+def decode_e5m2(code, scale):
+    return tl.div_rn(_decode_float8(code, 2, 15), 57344.0) * scale
+
+
+@triton.jit
+def encode_e5m2(x, scale, noise):
+    share = tl.div_rn(x, scale) * 57344.0
+    return _encode_float8(tl.where(x > 0, tl.maximum(share, 2.0**-16), share), 2, 15)
+
+
 @dataclass(frozen=True)
 class TritonCodec:
-    """Functions and dtype of one codec."""
+    """Functions and dtype of one codec; `packed`: two codes of 4 bits per byte."""
 
     dtype: Any
     decode: Any
     encode: Any
-    scaled: bool = False
+    scaled: bool = True
     stochastic: bool = False
+    packed: bool = False
 
 
-_FP32 = TritonCodec(tl.float32, decode_fp32, encode_fp32)
-_BF16 = TritonCodec(tl.int16, decode_bf16, encode_bf16)
-_BF16_SR = TritonCodec(tl.int16, decode_bf16, encode_bf16_sr, stochastic=True)
+_FP32 = TritonCodec(tl.float32, decode_fp32, encode_fp32, scaled=False)
+_BF16 = TritonCodec(tl.int16, decode_bf16, encode_bf16, scaled=False)
+_BF16_SR = TritonCodec(tl.int16, decode_bf16, encode_bf16_sr, scaled=False, stochastic=True)
 CODECS = {
     **{("FP32", signed): _FP32 for signed in (True, False)},
     **{("BF16", signed): _BF16 for signed in (True, False)},
     **{("BF16Stochastic", signed): _BF16_SR for signed in (True, False)},
-    ("Int8", True): TritonCodec(tl.int8, decode_int8, encode_int8, scaled=True),
-    ("Int8", False): TritonCodec(tl.uint8, decode_uint8, encode_uint8, scaled=True),
+    ("Int8", True): TritonCodec(tl.int8, decode_int8, encode_int8),
+    ("Int8", False): TritonCodec(tl.uint8, decode_uint8, encode_uint8),
+    ("Int4", True): TritonCodec(tl.uint8, decode_int4, encode_int4, packed=True),
+    ("Int4", False): TritonCodec(tl.uint8, decode_uint4, encode_uint4, packed=True),
+    ("Fp8", True): TritonCodec(tl.uint8, decode_e4m3, encode_e4m3),
+    ("Fp8", False): TritonCodec(tl.uint8, decode_e5m2, encode_e5m2),
 }
-"""(class of the codec, signed) → its functions. int4, whose halves lie apart, and fp8, which needs sm_89, run as text."""
+"""(class of the codec, signed) → its functions."""
 
 
 @triton.jit
@@ -181,6 +258,62 @@ def split_bits16(x):
     return _split_bits(x, 0)
 
 
+@triton.jit
+def join_fp16(param, rest):
+    return param.to(tl.float32)
+
+
+@triton.jit
+def split_fp16(x):
+    return x.to(tl.float16), x
+
+
+@triton.jit
+def join_fp16_copy(param, rest):
+    return tl.where(rest.to(tl.float16) == param, rest, param.to(tl.float32))
+
+
+@triton.jit
+def _ulp16(param):
+    """As `state/master.py` has it, where that of zero is 2^-11."""
+    bits = param.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    exponent = tl.where(bits == 0, 0, tl.maximum(bits >> 10, 1) - 14)
+    return ((exponent - 11 + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _join_error(param, rest, BITS: tl.constexpr):
+    return param.to(tl.float32) + rest.to(tl.float32) * (_ulp16(param) * (1.0 / (1 << BITS)))
+
+
+@triton.jit
+def _split_error(x, BITS: tl.constexpr):
+    param = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
+    most: tl.constexpr = (1 << (BITS - 1)) - max(1, (1 << BITS) >> 13)
+    share = tl.div_rn(x - param.to(tl.float32), _ulp16(param)) * (1 << BITS)
+    return param, nearest(tl.minimum(tl.maximum(share, -most), most))
+
+
+@triton.jit
+def join_error8(param, rest):
+    return _join_error(param, rest, 8)
+
+
+@triton.jit
+def split_error8(x):
+    return _split_error(x, 8)
+
+
+@triton.jit
+def join_error16(param, rest):
+    return _join_error(param, rest, 16)
+
+
+@triton.jit
+def split_error16(x):
+    return _split_error(x, 16)
+
+
 @dataclass(frozen=True)
 class TritonWeights:
     """How weights are stored: dtype of the parameter, of what it lacks of fp32 (None: nothing is kept), functions."""
@@ -197,5 +330,9 @@ WEIGHTS = {
     ("bfloat16", "float32"): TritonWeights(tl.int16, tl.float32, join_copy, split_bf16),
     ("bfloat16", "int8"): TritonWeights(tl.int16, tl.int8, join_bits8, split_bits8),
     ("bfloat16", "int16"): TritonWeights(tl.int16, tl.int16, join_bits16, split_bits16),
+    ("float16", None): TritonWeights(tl.float16, None, join_fp16, split_fp16),
+    ("float16", "float32"): TritonWeights(tl.float16, tl.float32, join_fp16_copy, split_fp16),
+    ("float16", "int8"): TritonWeights(tl.float16, tl.int8, join_error8, split_error8),
+    ("float16", "int16"): TritonWeights(tl.float16, tl.int16, join_error16, split_error16),
 }
-"""(dtype of the parameter, of the rest) → its functions. float16 runs as text."""
+"""(dtype of the parameter, of the rest) → its functions."""

@@ -33,9 +33,30 @@ def _pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _half_bytes(row, index, COLUMN: tl.constexpr):
+    """Words of 32 bits that have these codes of 4 bits, and by how much they are shifted there."""
+    place = tl.load(row + COLUMN) + index
+    return ((place >> 3) << 2).to(tl.pointer_type(tl.int32)), ((place & 7) << 2).to(tl.int32)
+
+
+@triton.jit
+def _whole_bytes(row, tile, COLUMN: tl.constexpr, SPAN: tl.constexpr):
+    """Bytes of the codes of 4 bits of whole tiles."""
+    first = (tl.load(row + COLUMN) >> 1).to(tl.pointer_type(tl.uint8))
+    return first + (tile.to(tl.int64) * (SPAN // 2))[:, None] + tl.arange(0, SPAN // 2)[None, :]
+
+
+@triton.jit
 def _load_state(row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE: tl.constexpr, DECODE: tl.constexpr,
-                SCALED: tl.constexpr):  # fmt: skip
-    code = tl.load(_pointer(row, COLUMN, DTYPE) + index, mask=mask, other=0)
+                SCALED: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+    if PACKED and RAGGED:
+        word, shift = _half_bytes(row, index, COLUMN)
+        code = (tl.load(word, mask=mask, other=0) >> shift) & 15
+    elif PACKED:
+        both = tl.load(_whole_bytes(row, tile, COLUMN, SPAN), mask=inside[:, None], other=0)
+        code = tl.interleave(both & 15, both >> 4)
+    else:
+        code = tl.load(_pointer(row, COLUMN, DTYPE) + index, mask=mask, other=0)
     if SCALED:
         scale = tl.load(_pointer(row, COLUMN + 1, tl.float32) + tile, mask=inside, other=0.0)
         return DECODE(code, scale[:, None])
@@ -45,8 +66,9 @@ def _load_state(row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE: tl.
 
 @triton.jit
 def _store_state(x, row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ENCODE: tl.constexpr,
-                 SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, AGREED: tl.constexpr, LOOK: tl.constexpr,
-                 KEY: tl.constexpr, FIRSTS: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+                 SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
+                 AGREED: tl.constexpr, LOOK: tl.constexpr, KEY: tl.constexpr, FIRSTS: tl.constexpr,
+                 COUNT: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
     scale = tl.zeros_like(tile).to(tl.float32)
     if SCALED:
         largest = tl.max(tl.where(mask, tl.abs(x), 0.0), axis=1)
@@ -62,7 +84,16 @@ def _store_state(x, row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE:
         if STOCHASTIC:
             firsts = tl.load(_pointer(row, FIRSTS, tl.int64) + tile, mask=inside, other=0)
             noise = random_bits(firsts[:, None] + tl.arange(0, SPAN)[None, :], tl.load(row + KEY))
-        tl.store(_pointer(row, COLUMN, DTYPE) + index, ENCODE(x, scale[:, None], noise), mask=mask)
+        code = ENCODE(x, scale[:, None], noise)
+        if PACKED and RAGGED:  # neighbouring tiles may share a byte: each changes its own bits only
+            word, shift = _half_bytes(row, index, COLUMN)
+            old = (tl.load(word, mask=mask, other=0) >> shift) & 15
+            tl.atomic_xor(word, (old ^ code) << shift, mask=mask, sem="relaxed")
+        elif PACKED:
+            low, high = tl.split(tl.reshape(code, (COUNT, SPAN // 2, 2)))
+            tl.store(_whole_bytes(row, tile, COLUMN, SPAN), (low | (high << 4)).to(tl.uint8), mask=inside[:, None])
+        else:
+            tl.store(_pointer(row, COLUMN, DTYPE) + index, code, mask=mask)
 
 
 @triton.jit
@@ -70,9 +101,9 @@ def step_kernel(rows, programs, coefficient, s0, s1, s2, s3, s4, s5, s6,
                 RULE: tl.constexpr, STATES: tl.constexpr,
                 WEIGHT: tl.constexpr, REST: tl.constexpr, JOIN: tl.constexpr, SPLIT: tl.constexpr, GRAD: tl.constexpr,
                 CODE_A: tl.constexpr, DECODE_A: tl.constexpr, ENCODE_A: tl.constexpr, SCALED_A: tl.constexpr,
-                STOCHASTIC_A: tl.constexpr,
+                STOCHASTIC_A: tl.constexpr, PACKED_A: tl.constexpr,
                 CODE_B: tl.constexpr, DECODE_B: tl.constexpr, ENCODE_B: tl.constexpr, SCALED_B: tl.constexpr,
-                STOCHASTIC_B: tl.constexpr,
+                STOCHASTIC_B: tl.constexpr, PACKED_B: tl.constexpr,
                 RAGGED: tl.constexpr, AGREED: tl.constexpr, LOOK: tl.constexpr,
                 COLUMNS: tl.constexpr, COUNT: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
     """See the module; COLUMNS is the width of a row, COUNT the tiles of a program, SPAN the elements of a tile."""
@@ -99,18 +130,18 @@ def step_kernel(rows, programs, coefficient, s0, s1, s2, s3, s4, s5, s6,
     g = tl.load(_pointer(row, 1, GRAD) + index, mask=mask, other=0)
     if tl.int16 == GRAD:
         g = widen(g)
-    g = g * tl.load(coefficient)
+    g = g.to(tl.float32) * tl.load(coefficient)
 
-    a = _load_state(row, index, tile, mask, inside, 5, CODE_A, DECODE_A, SCALED_A)
+    a = _load_state(row, index, tile, mask, inside, 5, CODE_A, DECODE_A, SCALED_A, PACKED_A, RAGGED, SPAN)
     b = a
     if STATES > 1:
-        b = _load_state(row, index, tile, mask, inside, 8, CODE_B, DECODE_B, SCALED_B)
+        b = _load_state(row, index, tile, mask, inside, 8, CODE_B, DECODE_B, SCALED_B, PACKED_B, RAGGED, SPAN)
     w, a, b = RULE(w, g, a, b, s0, s1, s2, s3, s4, s5, s6)
-    _store_state(a, row, index, tile, mask, inside, 5, CODE_A, ENCODE_A, SCALED_A, STOCHASTIC_A, AGREED, LOOK, 13, 12,
-                 SPAN)  # fmt: skip
+    _store_state(a, row, index, tile, mask, inside, 5, CODE_A, ENCODE_A, SCALED_A, STOCHASTIC_A, PACKED_A, RAGGED,
+                 AGREED, LOOK, 13, 12, COUNT, SPAN)  # fmt: skip
     if STATES > 1:
-        _store_state(b, row, index, tile, mask, inside, 8, CODE_B, ENCODE_B, SCALED_B, STOCHASTIC_B, AGREED, LOOK, 14,
-                     12, SPAN)  # fmt: skip
+        _store_state(b, row, index, tile, mask, inside, 8, CODE_B, ENCODE_B, SCALED_B, STOCHASTIC_B, PACKED_B, RAGGED,
+                     AGREED, LOOK, 14, 12, COUNT, SPAN)  # fmt: skip
     if not LOOK:
         param, rest = SPLIT(w)
         tl.store(_pointer(row, 0, WEIGHT) + index, param, mask=mask)
@@ -124,7 +155,7 @@ def options(
     """What the driver is compiled with for a rule, the codecs of its states (class, signed), and the dtypes of weights, of
     what they lack of fp32 and of gradients; None where there is a part that is not written in Triton."""
     states, stored = [CODECS.get(codec) for codec in codecs], WEIGHTS.get((weight, rest))
-    grads = {"float32": tl.float32, "bfloat16": tl.int16}.get(grad)
+    grads = {"float32": tl.float32, "bfloat16": tl.int16, "float16": tl.float16}.get(grad)
     if rule not in RULES or None in states or stored is None or grads is None:
         return None
     found: dict[str, Any] = {"RULE": RULES[rule], "STATES": len(states), "GRAD": grads}
@@ -133,6 +164,7 @@ def options(
         assert codec is not None
         found |= {f"CODE_{letter}": codec.dtype, f"DECODE_{letter}": codec.decode, f"ENCODE_{letter}": codec.encode}
         found |= {f"SCALED_{letter}": codec.scaled, f"STOCHASTIC_{letter}": codec.stochastic}
+        found[f"PACKED_{letter}"] = codec.packed
     return found | {"COLUMNS": WIDTH, "COUNT": TILES, "SPAN": BLOCK}
 
 

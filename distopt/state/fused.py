@@ -34,7 +34,7 @@ from distopt.plan.tiles import BLOCK, Tiles
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
 from distopt.state.codecs.base import FLOOR, Codec
-from distopt.state.coded import Agreed
+from distopt.state.coded import Agreed, Coded
 from distopt.state.master import Master
 from distopt.state.noise import Key
 from distopt.state.units import Section, Unit, Units
@@ -67,6 +67,8 @@ class Fused:
         if len(self._grad_dtypes(unit)) > 1:  # what is missing here and not elsewhere counts as zeros, which are fp32
             self.grads |= {i: self.grads[i].float() for i in unit.members}
         [grad] = self._grad_dtypes(unit)
+        if not all(map(_is_even, (store for section in unit.sections for store in section.stores.values()))):
+            return None
         if unit.windows[0].param.is_cuda:
             return _triton(name, codecs, weight, None if master is None else master.dtype, grad)
         if grad not in (torch.float32, weight) or (self.allowed is not None and stepped not in self.allowed):
@@ -118,7 +120,8 @@ class Fused:
             rows[:, REST] = section.rest.data_ptr() + (begin - first) * section.rest.element_size()
         for place, name in enumerate(self.told.states):
             store, column = section.stores[name], STATES + 3 * place
-            rows[:, column] = store.stored.data_ptr() + (begin - first) * store.stored.element_size()
+            bits, unit_bits = store.codec.bits, min(store.codec.bits, 8)
+            rows[:, column] = (8 * store.stored.data_ptr() + (begin - first) * bits) // unit_bits
             if store.codec.scaled:
                 rows[:, column + 1] = store.scales.data_ptr() + 4 * tile
             if name in scales:
@@ -142,6 +145,18 @@ class Fused:
                 self.weights[number] = window.weight()
             found.append(self.weights[number].data_ptr())
         return found
+
+
+def _is_even(store: Coded) -> bool:
+    """Whether its codes lie one after the other; those of 4 bits begin a byte anew where a span does."""
+    return (
+        store.codec.bits >= 8
+        or store.tiles.lengths is None
+        or all(
+            8 * span.stored.start * store.codec.dtype.itemsize == span.elements.start * store.codec.bits
+            for span in store.spans
+        )
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from distopt.state.codecs.base import Codec
 
@@ -31,10 +32,10 @@ class Int4(Codec):
         return (codes.float() / 15).square() * scale
 
     def pack(self, codes: Tensor) -> Tensor:
-        half = self.code_bytes(codes.numel())
-        packed = codes[:half].clone()
-        packed[: codes.numel() - half] |= codes[half:] << 4
-        return packed
+        """Neighbours share a byte, so that whole tiles share none: what steps them may write them in any order."""
+        pairs = functional.pad(codes, (0, codes.numel() % 2)).view(torch.int16)
+        return (pairs | pairs >> 4).to(torch.uint8)
 
     def unpack(self, stored: Tensor, numel: int) -> Tensor:
-        return torch.cat([stored & 15, stored >> 4])[:numel]
+        pairs = stored.to(torch.int16)
+        return (pairs | pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)[:numel]

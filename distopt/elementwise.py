@@ -198,7 +198,7 @@ class BoundElementwise:
 
         def exact(weight: Tensor, grad: Tensor, states: dict[str, Tensor]) -> None:
             assert kernel is not None
-            with _aligned([Part(weight, grad, states)], self.device) as lists:
+            with _aligned([Part(weight, grad, states)], weight.device) as lists:
                 kernel(rule, step, *lists)
 
         stepped = exact if kernel is not None else None

@@ -66,7 +66,10 @@ class Optimizer(torch.optim.Optimizer):
         offload: where states lie that are not on the device: "cpu" (pinned host memory beside a GPU), "disk:/path" (a file
             there per rank, scratch of this run), or shares of these, {"cpu": 0.5, "disk:/path": 0.25}, the rest staying on
             the device. Codes move, fetched before they are needed and written back behind the step; results are those
-            without it, bit for bit. Statistics and states of less than 1,024 elements stay.
+            without it, bit for bit. Statistics and states of less than 1,024 elements stay. Elementwise rules may be stepped
+            where the states are instead: gradients and weights move to the host, and weights back. Beside a GPU "cpu" does
+            that where the cost model says that it is faster (`rates`; `plan.explain()` says which), "cpu_step" always,
+            "cpu_pages" never; roots then are those of the host's kernels, 1e-7 beside the GPU's. Other rules keep pages.
         rounding_seed: of stochastic rounding, whose random bits depend on it, the step, the state and the element.
         strategy: where matrices that no rank holds whole are computed. "auto" lets a cost model choose; "owner" (each by
             one rank), "gather" (by every rank), "gram" (by all that hold some of it, which sum Gram matrices: rounding

@@ -92,15 +92,21 @@ def measure(mesh: Mesh, device: torch.device, size: int, numbytes: int) -> Rates
     preset = PRESETS["h100" if device.type == "cuda" else "cpu"]
     flops = {kind: _slowest(rate, device, many) for kind, rate in _compute_rates(device, size).items()}
     memory = _slowest(_memory_rate(device, max(numbytes, 64 << 20)), device, many)
+    host_link = _slowest(_host_link(device, max(numbytes, 64 << 20), memory), device, many)
+    host_memory = _slowest(_host_memory(), device, many)
     links = _links(mesh, device, numbytes) if many else preset.links
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rates = replace(
-        preset, name=f"{name}, {mesh.size} ranks, measured", flops=flops, memory_bandwidth=memory, links=links
-    )
+        preset, name=f"{name}, {mesh.size} ranks, measured", flops=flops, memory_bandwidth=memory, links=links,
+        host_link=host_link, host_memory=host_memory,
+    )  # fmt: skip
     if not many or dist.get_rank() == 0:
         for kind, rate in flops.items():
             print(f"{kind:10} {rate / 1e9:12,.1f} GFLOP/s")
         print(f"{'memory':10} {memory / 1e9:12,.1f} GB/s")
+        print(
+            f"{'host':10} {host_memory / 1e9:12,.1f} GB/s in a step, {host_link / 1e9:,.1f} GB/s each way to the device"
+        )
         if not many:
             print("links are those of the preset; run under torchrun to measure them")
     return rates
@@ -130,6 +136,31 @@ def _memory_rate(device: torch.device, numbytes: int) -> float:
     source = torch.zeros(numbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * numbytes / _seconds(lambda: target.copy_(source), device)
+
+
+def _host_link(device: torch.device, numbytes: int, memory: float) -> float:
+    """Bytes/s each way while pages come and go; where the device is memory as well, half of what that reaches."""
+    if device.type == "cpu":
+        return memory / 2
+    there, back = (torch.empty(numbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    source, target = (torch.empty(numbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+    streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def both() -> None:
+        with torch.cuda.stream(streams[0]):
+            there.copy_(source, non_blocking=True)
+        with torch.cuda.stream(streams[1]):
+            target.copy_(back, non_blocking=True)
+
+    return numbytes / _seconds(both, device)
+
+
+def _host_memory() -> float:
+    """Bytes/s of torch's fused AdamW on the host: 16 read per element, 12 written."""
+    param = torch.nn.Parameter(torch.zeros(1 << 23))
+    param.grad = torch.ones_like(param)
+    step = torch.optim.AdamW([param], fused=True).step
+    return 28 * param.numel() / _seconds(step, torch.device("cpu"))
 
 
 def _links(mesh: Mesh, device: torch.device, numbytes: int) -> tuple[Link, ...]:

@@ -12,7 +12,7 @@ import torch
 from distopt.layouts.base import Layout
 from distopt.layouts.region import Rect
 from distopt.plan.choose import FLOPS, Loads
-from distopt.plan.cost import Rates
+from distopt.plan.cost import CPU, H100, Rates
 from distopt.plan.geometry import Geometry, Logical, logical_of
 from distopt.plan.strategies import Home, Strategy, held, is_tall
 from distopt.plan.tiles import Storage
@@ -172,8 +172,16 @@ class GroupPlan:
     """Per domain, what each rank does per step for the matrices that are computed there."""
     homes: dict[tuple[int, ...], list[Entry]] = field(default_factory=dict)
     """Per domain, every matrix of every rank with its owner."""
+    rates: Rates | None = None
     pages: dict[Any, list[Any]] = field(default_factory=dict)
     """What is paged, see `plan.pages`."""
+    hosted: set[int] = field(default_factory=set)
+    """The first parameters of units that are stepped on the host, the same on every rank."""
+
+    @property
+    def machine(self) -> Rates:
+        """What the cost model counts with."""
+        return self.rates or (H100 if self.gpu else CPU)
 
     @property
     def loads(self) -> dict[tuple[int, ...], np.ndarray]:

@@ -17,7 +17,6 @@ from distopt.plan.buckets import Bucket, Entry, Group, Owned, Piece, Stack
 from distopt.plan.buckets import GroupPlan as GroupPlan
 from distopt.plan.buckets import Spec as Spec
 from distopt.plan.choose import Chooser, Item, cost
-from distopt.plan.cost import CPU, H100
 from distopt.plan.geometry import Geometry, geometry_of, logical_of
 from distopt.plan.owners import Load, assign_owners, spread_turns
 from distopt.plan.strategies import Home, check_strategy
@@ -49,7 +48,7 @@ def plan_group(group: Group, rank: int) -> GroupPlan:
     check_strategy(rule, group.strategy)
     for spec in group.specs:
         check_served(spec.name, spec.layout.shape, rule, group.split)
-    plan = GroupPlan(rule, group.specs, group.gpu, group.storage, group.split, group.wire)
+    plan = GroupPlan(rule, group.specs, group.gpu, group.storage, group.split, group.wire, rates=group.rates)
     turns = deal_turns(plan)
     if group.replicas is not None:
         plan.specs = partition_replicas(group, group.replicas, group.replicas.index(rank), turns)
@@ -166,7 +165,7 @@ def _matrix_buckets(
 ) -> Iterator[Bucket]:
     """Matrices that lie whole on one rank are computed there; the others get homes."""
     rule = plan.rule
-    rates = group.rates or (H100 if plan.gpu else CPU)
+    rates = plan.machine
     busy = plan.costs.setdefault(ranks, np.zeros((3, len(ranks))))
     work = {shape: matrix_work(rule, shape, plan.gpu) for shape in {entry.shape for entry in entries}}
     placed: list[Entry] = []

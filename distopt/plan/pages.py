@@ -19,6 +19,7 @@ import numpy as np
 
 from distopt.plan.buckets import GroupPlan
 from distopt.plan.held import state_bytes
+from distopt.plan.hosting import STEPPED, is_stepped_there, seconds_per_element
 from distopt.plan.tiles import CHUNK, GPU_CHUNK, Offload, Tiles, join_tiles, local_tiles, whole_tiles
 from distopt.plan.trace import trace
 from distopt.rule import Shape, require
@@ -32,6 +33,8 @@ SECTOR, LINE = 4096, 64
 """What lengths of pages, and where states begin in them, are multiples of: direct I/O wants the one, a cache line is the
 other."""
 MASTER = "master"
+HOSTED = {"cpu": None, "cpu_step": True, "cpu_pages": False}
+"""Values of `offload` for host memory, and whether elementwise rules step there."""
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 Key = tuple[int, int | None, str]
 """Whose pages: a parameter number, a matrix (None: they lie as the parameter does), a state ("": all of a unit's)."""
@@ -46,7 +49,7 @@ class Page:
         places: by state, where its codes and its scales begin.
         content, nbytes: bytes of codes and scales, and of all of it.
         reads, writes: how often it is, in an ordinary step.
-        tier: "device", "cpu" or "disk:<path>"; `offset`: where it lies there.
+        tier: "device", "cpu", "cpu_step" (in host memory, and stepped there) or "disk:<path>"; `offset`: where it lies there.
     """
 
     tiles: slice
@@ -61,19 +64,23 @@ class Page:
 
 
 def parse_offload(value: Any) -> Offload | None:
-    """Read `offload`: None, a tier, or shares by tier, what they leave staying on the device.
+    """Read `offload`: None, a tier, or shares by tier, what they leave staying on the device. "cpu" alone may be stepped on
+    the host where that is faster, "cpu_step" is, "cpu_pages" and shares are not.
 
     Raises:
         ValueError: no such tier, no path, or shares that are none.
     """
     if value is None:
         return None
+    if isinstance(value, str) and value in HOSTED:
+        return Offload((("cpu", 1.0),), HOSTED[value])
     shares = dict(value) if isinstance(value, Mapping) else {value: 1.0}
     for tier, share in shares.items():
         if not isinstance(tier, str) or not (tier == "cpu" or re.fullmatch("disk:.+", tier)):
-            near = get_close_matches(str(tier), ("cpu", "disk:/path"), n=1)
+            near = get_close_matches(str(tier), (*HOSTED, "disk:/path"), n=1)
             raise ValueError(
-                f"offload: 'cpu', 'disk:/path' or shares of these, got {tier!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+                f"offload: 'cpu', 'disk:/path' or shares of these, 'cpu_step' or 'cpu_pages', got {tier!r}"
+                f"{f'; did you mean {near[0]!r}?' if near else ''}"
             )
         require(
             isinstance(share, int | float) and 0 < share <= 1,
@@ -120,13 +127,14 @@ def plan_pages(plans: Sequence[GroupPlan], device_budget: Any = None) -> None:
             f"device_budget decides how much stays on the device, and so do the shares of offload={dict(shares)}, which leave "
             "some of it there; give one of them",
         )
-        plan.pages = dict(_all_pages(plan))
+        plan.hosted.clear()
+        plan.pages = dict(_all_pages(plan, free=device_budget is None))
     room = None if device_budget is None else _room(plans, parse_bytes(device_budget), device_budget)
     offsets: dict[str, int] = {}
     for plan in paged:
         assert plan.storage.offload is not None
         pages = [page for found in plan.pages.values() for page in found]
-        _place(pages, plan.storage.offload, room)
+        _place([page for page in pages if page.tier != STEPPED], plan.storage.offload, room)
         if room is not None:
             room -= sum(page.nbytes for page in pages if page.tier == "device")
         for page in pages:
@@ -147,28 +155,48 @@ def paging(plan: GroupPlan) -> dict[str, Any]:
             tiers[page.tier] = tiers.get(page.tier, 0) + page.nbytes
     return {
         "paged_bytes": tiers,
+        "offload_seconds": offload_seconds(plan),
         "page_bytes_read_per_step": sum(page.reads * page.nbytes for page in _moving(plan)),
         "page_bytes_written_per_step": sum(page.writes * page.nbytes for page in _moving(plan)),
     }
 
 
+def offload_seconds(plan: GroupPlan) -> dict[str, Any]:
+    """By the cost model, seconds per step of this rank for what elementwise rules keep in host memory: with its pages moved,
+    and stepped on the host. `elements` says of how many that is, `stepped` how many of them are stepped there."""
+    found = {"elements": 0, "stepped": 0, "pages": 0.0, STEPPED: 0.0}
+    offload = plan.storage.offload
+    if not plan.pages or not plan.elementwise or offload is None or "cpu" not in dict(offload.shares):
+        return found
+    for key, codecs, _, _ in _stores(plan):
+        here = sum(p.elements.stop - p.elements.start for p in plan.pages[key] if p.tier in ("cpu", STEPPED))
+        pages, step = seconds_per_element(codecs.values(), plan.specs[key[0]].itemsize, plan.machine)
+        found["elements"] += here
+        found["stepped"] += here if any(page.tier == STEPPED for page in plan.pages[key]) else 0
+        found["pages"] += here * pages
+        found[STEPPED] += here * step
+    return found
+
+
 def device_bytes(plans: Sequence[GroupPlan]) -> int:
     """Bytes that states take on the device of this rank, slots included."""
     kept = sum(state_bytes(plan)[0] for plan in plans)
-    return kept - sum(page.content for plan in plans for page in _moving(plan)) + SLOTS * slot_bytes(plans)
+    away = (page for plan in plans for pages in plan.pages.values() for page in pages if page.tier != "device")
+    return kept - sum(page.content for page in away) + SLOTS * slot_bytes(plans)
 
 
 def _moving(plan: GroupPlan) -> Iterator[Page]:
-    return (page for pages in plan.pages.values() for page in pages if page.tier != "device")
+    return (page for pages in plan.pages.values() for page in pages if page.tier not in ("device", STEPPED))
 
 
 def _room(plans: Sequence[GroupPlan], budget: int, given: Any) -> int:
     """Bytes of pages that fit on the device beside slots and what is not paged."""
-    pages = [page for plan in plans for found in plan.pages.values() for page in found]
-    kept = sum(state_bytes(plan)[0] for plan in plans) - sum(page.content for page in pages)
+    everything = [page for plan in plans for found in plan.pages.values() for page in found]
+    kept = sum(state_bytes(plan)[0] for plan in plans) - sum(page.content for page in everything)
+    pages = [page for page in everything if page.tier != STEPPED]
     if kept + sum(page.nbytes for page in pages) <= budget:  # all of it: no slots
         return budget - kept
-    slots = SLOTS * max(page.nbytes for page in pages)
+    slots = SLOTS * max((page.nbytes for page in pages), default=0)
     least = kept + min(slots, sum(page.nbytes for page in pages))
     require(
         kept + slots <= budget,
@@ -195,15 +223,23 @@ def _place(pages: list[Page], offload: Offload, room: int | None) -> None:
         placed[page.tier] += page.nbytes
 
 
-def _all_pages(plan: GroupPlan) -> Iterator[tuple[Key, list[Page]]]:
+def _all_pages(plan: GroupPlan, *, free: bool) -> Iterator[tuple[Key, list[Page]]]:
+    """With `free` the cost model may have units stepped on the host."""
+    assert plan.storage.offload is not None
+    asked = plan.storage.offload.hosted
+    asked = False if not plan.elementwise or (asked is None and not free) else asked
     for key, codecs, tiles, written in _stores(plan):
-        pages = _cut(codecs, tiles, plan.gpu)
+        hosted = is_stepped_there(codecs, plan.specs[key[0]].itemsize, plan.machine, asked, plan.gpu)
+        pages = _cut(codecs, tiles, plan.gpu and not hosted)
+        if hosted:
+            plan.hosted.add(key[0])
         scaled = any(codec.scaled for codec in codecs.values())
         for page in pages:
             cut = np.searchsorted(tiles.cuts, (page.tiles.start, page.tiles.stop))
             # Elementwise rules compute what has cut tiles twice, first for the scales that ranks agree on.
             page.reads = 2 if plan.elementwise and scaled and cut[0] < cut[1] else 1
             page.writes = int(written)
+            page.tier = STEPPED if hosted else page.tier
         yield key, pages
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from distopt.plan.buckets import Bucket, GroupPlan
 from distopt.plan.fields import fields_of
 from distopt.plan.held import agreement_bytes, state_bytes
+from distopt.plan.hosting import STEPPED
 from distopt.plan.pages import SLOTS, device_bytes, paging, slot_bytes
 from distopt.plan.strategies import held, sides, slice_work
 from distopt.plan.trace import Ask, Rounds
@@ -36,7 +37,9 @@ class PlanReport:
             state_bytes, state_bytes_total: on this rank, and of one process that held everything.
             state_bytes_per_parameter: state_bytes_total per element.
             device_state_bytes: what states take on the device here, slots included; state_bytes where nothing is paged.
-            paged_bytes: by tier ("device", "cpu", "disk:…"), bytes of pages here.
+            paged_bytes: by tier ("device", "cpu", "cpu_step", "disk:…"), bytes of pages here.
+            offload_seconds: per group, of what elementwise rules keep in host memory: seconds per step by the cost model where
+                its "pages" move and where it is stepped there ("cpu_step"); "elements", and how many of them are "stepped".
             page_bytes_read_per_step, page_bytes_written_per_step: of pages that move, in an ordinary step, as
                 `optimizer.traffic()` counts them.
             flops, flops_imbalance: matrix FLOPs per step on this rank; the busiest rank's over the mean.
@@ -101,6 +104,7 @@ class PlanReport:
                     f"{_size(group['page_bytes_written_per_step'])} back, through {SLOTS} slots of "
                     + _size(slot_bytes(self.groups))
                 )
+            lines += _where_stepped(group["offload_seconds"])
             for load in plan.loads.values():
                 if load.any():
                     lines.append(
@@ -133,6 +137,17 @@ class PlanReport:
             **paging(plan),
             "flops": float(sum(load[ranks.index(self.rank)] for load, ranks in loads)),
         }
+
+
+def _where_stepped(found: dict[str, Any]) -> list[str]:
+    """What the cost model says of states in host memory, and what was taken."""
+    if not found["elements"]:
+        return []
+    return [
+        f"  states in host memory: {found['stepped']:,} of {found['elements']:,} elements are stepped there; by the cost model "
+        f"moving all of their pages takes {1e3 * found['pages']:.3g} ms per step, stepping all of them there "
+        f"{1e3 * found[STEPPED]:.3g} ms"
+    ]
 
 
 def _strategies(plan: GroupPlan) -> dict[str, int]:

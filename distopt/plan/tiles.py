@@ -34,9 +34,11 @@ faster than whole tensors at 30M elements); on a GPU they fill it, and no copy o
 
 @dataclass(frozen=True)
 class Offload:
-    """Where states lie that are not on the device: shares of their bytes by tier ("cpu", "disk:/path")."""
+    """Where states lie that are not on the device: shares of their bytes by tier ("cpu", "disk:/path"); and whether
+    elementwise rules step on the host instead of moving them (`hosted`; None: the cost model says)."""
 
     shares: tuple[tuple[str, float], ...]
+    hosted: bool | None = False
 
 
 @dataclass

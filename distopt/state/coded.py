@@ -41,6 +41,10 @@ class Agreed:
             at = torch.from_numpy(self.cuts[first:last] - tiles.start).to(maxima.device)
             maxima[at] = self.maxima[first:last]
 
+    def to(self, device: torch.device) -> Agreed:
+        """The same there."""
+        return Agreed(self.cuts, self.maxima.to(device))
+
     def part(self, tiles: slice) -> Agreed:
         """Those among these tiles, counted from the first of them."""
         first, last = np.searchsorted(self.cuts, (tiles.start, tiles.stop))

@@ -69,7 +69,7 @@ class Fused:
         [grad] = self._grad_dtypes(unit)
         if not all(map(_is_even, (store for section in unit.sections for store in section.stores.values()))):
             return None
-        if unit.windows[0].param.is_cuda:
+        if unit.windows[0].param.is_cuda and not unit.hosted:
             return _triton(name, codecs, weight, None if master is None else master.dtype, grad)
         if grad not in (torch.float32, weight) or (self.allowed is not None and stepped not in self.allowed):
             return None
@@ -78,20 +78,36 @@ class Fused:
     def _grad_dtypes(self, unit: Unit) -> set[torch.dtype]:
         return {self.grads[i].dtype for i in unit.members if i not in self.inert}
 
-    def look(self, kernel: CodedKernel, unit: Unit, section: Section) -> dict[str, Tensor]:
-        """The new maxima of the tiles of a section that an edge of a shard cuts, by state."""
+    def look(
+        self,
+        kernel: CodedKernel,
+        unit: Unit,
+        section: Section,
+        weight: Tensor | None = None,
+        grad: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The new maxima of the tiles of a section that an edge of a shard cuts, by state. `weight` and `grad` have what is
+        in the section where that was copied."""
         maxima = {name: self._zeros(section) for name, slots in unit.slots.items() if slots}
-        self._run(kernel, unit, section, maxima, look=True)
+        self._run(kernel, unit, section, maxima, weight, grad, look=True)
         cuts = torch.from_numpy(unit.tiles.cuts[section.cuts] - section.tiles.start).to(self._device(section))
         return {name: found[cuts] for name, found in maxima.items()}
 
-    def step(self, kernel: CodedKernel, unit: Unit, section: Section, known: dict[str, Agreed]) -> None:
-        """Step a section, with these maxima of its cut tiles."""
+    def step(
+        self,
+        kernel: CodedKernel,
+        unit: Unit,
+        section: Section,
+        known: dict[str, Agreed],
+        weight: Tensor | None = None,
+        grad: Tensor | None = None,
+    ) -> None:
+        """Step a section, with these maxima of its cut tiles; see `look`."""
         scales = {}
         for name, agreed in known.items():
             scales[name] = self._zeros(section)
             scales[name][torch.from_numpy(agreed.cuts).to(agreed.maxima.device)] = agreed.maxima
-        self._run(kernel, unit, section, scales, look=False)
+        self._run(kernel, unit, section, scales, weight, grad, look=False)
 
     def _zeros(self, section: Section) -> Tensor:
         return torch.zeros(section.tiles.stop - section.tiles.start, device=self._device(section))
@@ -99,7 +115,17 @@ class Fused:
     def _device(self, section: Section) -> torch.device:
         return next(iter(section.stores.values())).stored.device
 
-    def _run(self, kernel: CodedKernel, unit: Unit, section: Section, scales: dict[str, Tensor], *, look: bool) -> None:
+    def _run(
+        self,
+        kernel: CodedKernel,
+        unit: Unit,
+        section: Section,
+        scales: dict[str, Tensor],
+        weight: Tensor | None,
+        grad: Tensor | None,
+        *,
+        look: bool,
+    ) -> None:
         """Hand over the members that step, as far as they lie in the section."""
         assert self.told is not None
         rows, first = np.zeros((len(unit.members), WIDTH), np.int64), section.elements.start
@@ -107,11 +133,14 @@ class Fused:
         tiles = np.array([(part.start, part.stop) for part in unit.tile_parts.values()], np.int64)
         begin, end = parts.clip(section.elements.start, section.elements.stop).T
         tile, tile_end = tiles.clip(section.tiles.start, section.tiles.stop).T - section.tiles.start
-        grads = [self.grads[number] for number in unit.members]
-        skipped = begin - parts[:, 0]
-        rows[:, WEIGHT] = np.array(self._weights(unit)) + skipped * unit.windows[0].param.element_size()
-        [dtype] = self._grad_dtypes(unit)
-        rows[:, GRAD] = np.array([grad.data_ptr() for grad in grads]) + skipped * dtype.itemsize
+        if weight is not None and grad is not None:
+            dtype = grad.dtype
+            rows[:, WEIGHT] = weight.data_ptr() + (begin - first) * weight.element_size()
+            rows[:, GRAD] = grad.data_ptr() + (begin - first) * grad.element_size()
+        else:
+            skipped, [dtype] = begin - parts[:, 0], self._grad_dtypes(unit)
+            rows[:, WEIGHT] = np.array(self._weights(unit)) + skipped * unit.windows[0].param.element_size()
+            rows[:, GRAD] = np.array([self.grads[i].data_ptr() for i in unit.members]) + skipped * dtype.itemsize
         rows[:, TILES], rows[:, NUMEL] = tile_end - tile, end - begin
         starts = _tile_starts(section.shape, self._device(section))
         if starts is not None:
@@ -259,13 +288,14 @@ def _joined(master: Master | None, param: Tensor, rest: Tensor | None) -> Tensor
 def agree_on_kernels(groups: Iterable[tuple[Rule, Units]], union: Domain, device: torch.device) -> None:
     """Allow the compiled kernels that all ranks have, of those that these rules can use: where one rank runs a rule's text,
     all do, or replicas would differ in last bits. Collective."""
-    if union.size == 1 or device.type != "cpu":
+    if union.size == 1:
         return
     wanted: dict[Stepped, None] = {}
     asked = list(groups)
     for rule, units in asked:
         known = told(rule, step_values(rule, 2, Shape(1, 1, 1), False))
-        wanted |= {stepped: None for unit in units.units if known and (stepped := _stepped(known, unit))}
+        compiled = [unit for unit in units.units if device.type == "cpu" or unit.hosted]
+        wanted |= {stepped: None for unit in compiled if known and (stepped := _stepped(known, unit))}
     rows = union.all_gather_ints([int(_native(*stepped) is not None) for stepped in wanted], device) if wanted else []
     allowed = frozenset(stepped for stepped, *votes in zip(wanted, *rows) if all(votes))
     for _, units in asked:

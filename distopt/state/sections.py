@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distopt.matrix.triangle import pack, unpack
+from distopt.plan.hosting import STEPPED
 from distopt.plan.pages import Page
 from distopt.plan.tiles import CHUNK, GPU_CHUNK, Tiles
 from distopt.state.coded import Agreed, Coded, Span
@@ -20,6 +21,9 @@ from distopt.state.pages.pager import Pager
 
 MASTER = "master"
 """What state dicts call fp32 weights beside parameters of lower precision."""
+
+
+HOST = torch.device("cpu")
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Section:
         cuts: which of the tiles that an edge of a shard cuts.
         stores: the codes and scales of these elements, by state name.
         rest: what parameters of lower precision lack of fp32 weights; or None.
+        device: where it is stepped.
         kept: how that is stored, in a page.
     """
 
@@ -40,9 +45,15 @@ class Section:
     shape: Tiles
     stores: dict[str, Coded] = field(default_factory=dict)
     rest: Tensor | None = None
+    device: torch.device = HOST
     kept: Coded | None = None
     page: Page | None = None
     pager: Pager | None = None
+
+    @property
+    def hosted(self) -> bool:
+        """Whether it is stepped on the host, wherever the parameters lie."""
+        return self.page is not None and self.page.tier == STEPPED
 
     @property
     def is_cut(self) -> bool:
@@ -58,9 +69,9 @@ class Section:
         """Whether any of these elements is here."""
         return span.start < self.elements.stop and span.stop > self.elements.start
 
-    def spans(self, device: torch.device) -> Iterator[tuple[slice, dict[str, Span]]]:
+    def spans(self) -> Iterator[tuple[slice, dict[str, Span]]]:
         """Runs of the unit's elements, with the span of each store."""
-        chunk, first = CHUNK if device.type == "cpu" else GPU_CHUNK, self.elements.start
+        chunk, first = CHUNK if self.device.type == "cpu" else GPU_CHUNK, self.elements.start
         for number, (_, _, start, stop) in enumerate(self.shape.spans(chunk)):
             yield slice(first + start, first + stop), {n: store.spans[number] for n, store in self.stores.items()}
 
@@ -83,10 +94,10 @@ class Section:
             self.rest = None if self.kept is None else nothing
 
 
-def whole(tiles: Tiles, stores: dict[str, Coded], rest: Tensor | None) -> Section:
+def whole(tiles: Tiles, stores: dict[str, Coded], rest: Tensor | None, device: torch.device) -> Section:
     """All of a unit."""
     ranges = slice(0, tiles.numel), slice(0, tiles.count), slice(0, len(tiles.cuts))
-    return Section(*ranges, tiles, stores, rest)
+    return Section(*ranges, tiles, stores, rest, device)
 
 
 def paged_sections(
@@ -107,7 +118,7 @@ def paged_sections(
         first = None if starts is None else starts[page.tiles]
         stores = {n: Coded(c, part, device, fills.get(n, 0.0), first, lies=False) for n, c in codecs.items()}
         kept = stores.pop(MASTER, None)
-        section = Section(page.elements, page.tiles, cuts, part, stores, None, kept, page, pager)
+        section = Section(page.elements, page.tiles, cuts, part, stores, None, device, kept, page, pager)
         with section.opened(write=True, fresh=True):
             for store in (*stores.values(), *([kept] if kept else [])):
                 store.clear()
@@ -117,7 +128,7 @@ def paged_sections(
 
 class Paged:
     """A store whose bytes lie in pages; of several stores in the same ones, that of `name`. Like `Coded` as a whole, and
-    like a flat tensor where it is the rest of fp32 weights."""
+    like a flat tensor where it is the rest of fp32 weights; on `device`, wherever its sections are."""
 
     def __init__(
         self,
@@ -152,7 +163,7 @@ class Paged:
         for section in self._meeting(part):
             with section.opened(write=False):
                 found.append(section.stores[self.name].run(section.within(part)))
-        return torch.cat(found) if found else torch.empty(0, device=self.device)
+        return torch.cat(found).to(self.device) if found else torch.empty(0, device=self.device)
 
     def matrix(self) -> Tensor:
         """All values in fp32, in their shape."""
@@ -161,9 +172,9 @@ class Paged:
     def write(self, values: Tensor, agreed: Agreed | None, key: Key) -> None:
         """Store all values (fp32, flat)."""
         for section in self.sections:
-            known = None if agreed is None else agreed.part(section.tiles)
+            known = None if agreed is None else agreed.part(section.tiles).to(section.device)
             with section.opened(write=True, fresh=self.alone):
-                section.stores[self.name].write(values[section.elements], known, key)
+                section.stores[self.name].write(values[section.elements].to(section.device), known, key)
 
     def cut_maxima(self, values: Tensor | None) -> Tensor:
         """As of `Coded`."""
@@ -171,7 +182,8 @@ class Paged:
         for section in self.sections if values is not None else ():
             if section.is_cut:
                 assert values is not None
-                found[section.cuts] = section.stores[self.name].cut_maxima(values[section.elements])
+                here = values[section.elements].to(section.device)
+                found[section.cuts] = section.stores[self.name].cut_maxima(here).to(self.device)
         return found
 
     def __getitem__(self, part: slice) -> Tensor:
@@ -180,7 +192,7 @@ class Paged:
             with section.opened(write=False):
                 assert section.rest is not None
                 found.append(section.rest[section.within(part)].clone())
-        return torch.cat(found) if found else torch.empty(0, dtype=self.codec.dtype, device=self.device)
+        return torch.cat(found).to(self.device) if found else torch.empty(0, dtype=self.codec.dtype, device=self.device)
 
     def __setitem__(self, part: slice, value: Tensor) -> None:
         for section in self._meeting(part):

@@ -35,6 +35,7 @@ class Unit:
 
     Attributes:
         members: their numbers in the group.
+        hosted: whether it is stepped on the host.
         parts, tile_parts: where each lies among the unit's elements, and its tiles among the unit's.
         stores: by state name.
         sections: what the stores hold, cut into runs of elements; of elementwise rules.
@@ -50,7 +51,7 @@ class Unit:
         domain: Domain,
         pager: Pager | None = None,
     ) -> None:
-        self.members, self.domain = members, domain
+        self.members, self.domain, self.hosted = members, domain, members[0] in plan.hosted
         self.windows = [windows[i] for i in members]
         sizes = [window.numel for window in self.windows]
         self.parts = {i: slice(a, b) for i, (a, b) in zip(members, pairwise(accumulate(sizes, initial=0)))}
@@ -79,7 +80,8 @@ class Unit:
             for key, names in [("", list(kept))] if plan.elementwise else [(name, [name]) for name in kept]:
                 pages = plan.pages[members[0], None, key]
                 together = {name: kept[name] for name in names}
-                self.sections = paged_sections(pager, pages, together, fills, self.tiles, device, starts)
+                home = torch.device("cpu") if self.hosted else device
+                self.sections = paged_sections(pager, pages, together, fills, self.tiles, home, starts)
                 faces = {name: Paged(name, self.sections, kept[name], self.tiles, device) for name in names}
                 self.rest = faces.pop(MASTER, self.rest)
                 self.stores |= faces
@@ -88,7 +90,7 @@ class Unit:
             self.stores |= stores
             if self.master is not None:
                 self.rest = torch.zeros(self.tiles.numel, dtype=self.master.dtype, device=device)
-            self.sections = [whole(self.tiles, stores, self.rest)]
+            self.sections = [whole(self.tiles, stores, self.rest, device)]
         if self.master is not None and self.rest is not None:
             weights = torch.cat([window.weight() for window in self.windows])
             self.rest[0 : self.tiles.numel] = self.master.split(weights.float(), weights.dtype)[1]

@@ -34,6 +34,17 @@ def test_paged_ranks_equal_one_resident_process(
     assert answers == [([], 0)] * world_size, "(parameters and states that differ, bytes beside the plan) by rank"
 
 
+@pytest.mark.parametrize(("layout", "world_size"), [("fsdp", 4), ("columns", 2)])
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_ranks_that_step_on_the_host_equal_one_process(codec: str, layout: str, world_size: int) -> None:
+    weights, states = alone("AdamW", codec)
+    options = {"lr": 1e-2, "state_codec": codec, "offload": "cpu_step"}
+    answers = pool(world_size).run(
+        f"{coding.__name__}:on_ranks", "AdamW", options, layout, coding.CODED, weights, states
+    )
+    assert answers == [([], 0)] * world_size
+
+
 def test_a_rank_that_cannot_page_is_an_error_on_all(tmp_path: Path) -> None:
     (tmp_path / "rank00001-0.pages").mkdir()  # where rank 1 wants to have a file
     weights, states = alone("AdamW", "int8")

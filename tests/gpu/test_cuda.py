@@ -95,7 +95,7 @@ def test_one_triangle_equals_full_products(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
 def test_paged_states_give_the_same_bits(codec: str, where: str, tmp_path: Path) -> None:
     ran = []
-    for offload in (None, "cpu" if where == "cpu" else f"disk:{tmp_path}"):
+    for offload in (None, "cpu_pages" if where == "cpu" else f"disk:{tmp_path}"):
         generator = torch.Generator().manual_seed(0)
         param = nn.Parameter(torch.randn((3000, 4100), generator=generator).cuda())
         optimizer = distopt.AdamW([("weight", param)], lr=1e-2, state_codec=codec, offload=offload)
@@ -106,3 +106,21 @@ def test_paged_states_give_the_same_bits(codec: str, where: str, tmp_path: Path)
     (weight, states), (paged, others) = ran
     assert torch.equal(weight, paged)
     assert all(torch.equal(states[name], others[name]) for name in states)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8", "bf16_sr"])
+def test_a_step_on_the_host_is_that_on_the_device_but_for_roots(codec: str) -> None:
+    ran = []
+    for offload in (None, "cpu_step"):
+        generator = torch.Generator().manual_seed(0)
+        params = {n: nn.Parameter(torch.randn(n, 1500, generator=generator).cuda().bfloat16()) for n in (3000, 3)}
+        named = [(str(name), param) for name, param in params.items()]
+        optimizer = distopt.AdamW(named, lr=1e-2, state_codec=codec, master_codec="bits16", offload=offload)
+        for _ in range(4):
+            for param in params.values():
+                param.grad = torch.randn(param.shape, generator=generator).cuda().bfloat16()
+            optimizer.step()
+        ran.append([weight for _, weight in optimizer._bind().master_weights()])
+        assert all(weight.is_cuda for weight in ran[-1])
+    for resident, hosted in zip(*ran):
+        assert (resident - hosted).norm() <= 1e-5 * resident.norm()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distopt.plan.buckets import GroupPlan
+from distopt.plan.hosting import STEPPED
 from distopt.plan.pages import SLOTS, Page, slot_bytes
 from distopt.state.pages.file import PageError, PageFile
 from distopt.state.pages.movers import CudaMover, HostMover, Slot
@@ -34,7 +35,7 @@ class Pager:
 
     def __init__(self, plans: Sequence[GroupPlan], device: torch.device, rank: int) -> None:
         pages = [page for plan in plans for found in plan.pages.values() for page in found]
-        tiers = sorted({page.tier for page in pages} - {"device"})
+        tiers = sorted({page.tier for page in pages} - {"device", STEPPED})
         self.bytes_read = self.bytes_written = 0
         self._here: dict[Page, Tensor] = {}
         self.failure: str | None = None
@@ -55,8 +56,9 @@ class Pager:
                 place.close()
             raise
         for page in pages:
-            if page.tier == "device":
-                self._here[page] = torch.empty(page.nbytes, dtype=torch.uint8, device=device)
+            if page.tier in ("device", STEPPED):
+                where = device if page.tier == "device" else torch.device("cpu")
+                self._here[page] = torch.empty(page.nbytes, dtype=torch.uint8, device=where)
         self._ahead: deque[Page] = deque()
         self._coming: dict[Page, Slot] = {}
         self._going: deque[Slot] = deque()

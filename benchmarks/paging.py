@@ -3,8 +3,9 @@
     python -m benchmarks.paging [--device cuda] [--disk DIRECTORY]
 
 One process, 8 matrices of 1,024 × 1,024 (8.4M elements) for AdamW in fp32 and int8, two for Muon in int8: steps with states
-on the device, in host memory ("cpu") and in a file, medians of steps taken in turn; bytes of pages to the device and back per
-step as planned and as counted. On a CPU the device is memory as well, so "cpu" shows the cost of the engine alone.
+on the device, in host memory ("cpu_pages"), there and stepped there ("cpu_step") and in a file, medians of steps taken in
+turn; bytes of pages to the device and back per step as planned and as counted. On a CPU the device is memory as well, so
+"cpu_pages" and "cpu_step" show the cost of the engine alone, and of copying weights and gradients.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def main() -> None:
     rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory(dir=arguments.disk) as directory:
         for rule, codec, count in (("AdamW", "fp32", 8), ("AdamW", "int8", 8), ("Muon", "int8", 2)):
-            places = {"device": None, "cpu": "cpu", "disk": f"disk:{directory}"}
+            places = {"device": None, "cpu_pages": "cpu_pages", "cpu_step": "cpu_step", "disk": f"disk:{directory}"}
+            if rule == "Muon":  # whose states are never stepped on the host
+                del places["cpu_step"]
             optimizers = {}
             for place, offload in places.items():
                 params = [torch.nn.Parameter(torch.randn(1024, 1024, device=arguments.device)) for _ in range(count)]

@@ -104,8 +104,9 @@ def main(arguments: Sequence[str]) -> None:
         train_data, val_data, fingerprint = load_examples(config.data, tokenizer)
         options = rule_options(config.optimizer)
         choice = choose_memory(
-            config.memory, model, config.optimizer.name, options, sequences=micro, length=config.data.max_length
-        )
+            config.memory, model, config.optimizer.name, options, sequences=micro, length=config.data.max_length,
+            gpu=device.type == "cuda", pages=Path(config.logging.dir) / "pages",
+        )  # fmt: skip
     except (ValueError, OSError) as error:  # OSError: no such model
         sys.exit(str(error))
     print(summary(memory_rows(choice, config)))
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
         max_grad_norm=config.optimizer.max_grad_norm,
         nonfinite=config.optimizer.nonfinite,
         state_codec=choice.state_codec,
-        offload=config.memory.offload,
+        offload=choice.offload,
         **options,
     )
     two_pass = config.optimizer.max_grad_norm is not None or config.optimizer.nonfinite is not None
@@ -290,7 +291,7 @@ def memory_rows(choice: Choice, config: FinetuneConfig) -> dict[str, str]:
     two_pass = config.optimizer.max_grad_norm is not None or config.optimizer.nonfinite is not None
     passes = ", two backward passes per step" if two_pass else ""
     return {
-        "states": f"{config.optimizer.name}, {choice.state_codec}, on {config.memory.offload or 'the device'}",
+        "states": f"{config.optimizer.name}, {choice.state_codec}, on {choice.offload or 'the device'}",
         "gradients": f"freed as they arrive{passes}" if choice.step_in_backward else "kept until the step",
         "activations": "recomputed" if choice.activation_checkpointing else "kept",
         **{f"bytes of {name}": human_bytes(count) for name, count in choice.parts.items()},

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 import budget
 import finetune
 from budget import MemoryConfig, choose_memory, parse_bytes
+from config import load_config
 from instructions import IGNORED, ExamplesConfig, choose, load_examples, make_batch
 from report import read_metrics
 
@@ -113,26 +114,64 @@ def tiny() -> torch.nn.Module:
     return finetune.build_model(finetune.FinetuneConfig(), torch.device("cpu"))[0]
 
 
-def chosen(limit: str | None, **options: Any) -> budget.Choice:
-    return choose_memory(MemoryConfig(budget=limit, **options), tiny(), "adamw", {}, sequences=4, length=64)
+def chosen(limit: str | None, *, gpu: bool = False, **options: Any) -> budget.Choice:
+    asked = MemoryConfig(budget=limit, **options)
+    return choose_memory(asked, tiny(), "adamw", {}, sequences=4, length=64, gpu=gpu, pages=Path("pages"))
 
 
-def test_the_budget_decides_in_steps_and_each_fits() -> None:
-    everything = chosen(None)
+@pytest.mark.parametrize(
+    ("gpu", "room", "place"), [(False, True, "disk:pages"), (True, True, "cpu"), (True, False, "disk:pages")]
+)
+def test_the_budget_decides_in_steps_and_each_fits(
+    gpu: bool, room: bool, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "free_memory", lambda: 1 << 30 if room else 1000)
+    everything = chosen(None, gpu=gpu)
     assert (everything.state_codec, everything.step_in_backward, everything.activation_checkpointing) == (
         "fp32", False, False,
     )  # fmt: skip
     seen, limit = [], everything.total
     while True:
         try:
-            choice = chosen(f"{limit - 1}B")
+            choice = chosen(f"{limit - 1}B", gpu=gpu)
         except ValueError as error:
             assert "cannot hold this" in str(error)
             break
         assert choice.total < limit
-        seen.append((choice.state_codec, choice.step_in_backward, choice.activation_checkpointing))
+        seen.append((choice.state_codec, choice.step_in_backward, choice.activation_checkpointing, choice.offload))
         limit = choice.total
-    assert seen == [("int8", False, False), ("int8", True, False), ("int8", True, True)]
+    assert seen == [
+        ("int8", False, False, None), ("int8", True, False, None), ("int8", True, True, None), ("int8", True, True, place),
+    ]  # fmt: skip
+
+
+def test_pages_in_the_memory_that_the_budget_is_of_save_nothing() -> None:
+    resident, paged = chosen(None, state_codec="int8"), chosen(None, state_codec="int8", offload="cpu")
+    assert paged.total > resident.total
+    assert chosen(None, state_codec="int8", offload="cpu", gpu=True).total < resident.total
+
+
+def test_a_budget_that_nothing_else_fits_pages_states_to_files_and_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(finetune.FinetuneConfig, TINY)
+    model = finetune.build_model(config, torch.device("cpu"))[0]
+    asked = MemoryConfig(state_codec="int8", step_in_backward=True, activation_checkpointing=True)
+    pages = tmp_path / "paged" / "pages"
+    smallest = choose_memory(asked, model, "adamw", {}, sequences=4, length=48, gpu=False, pages=pages)
+    limit = f"--memory.budget={smallest.total - 1}B"
+    finetune.main([*TINY, limit, f"--logging.dir={tmp_path / 'paged'}", "--explain=true"])
+    assert f"adamw, int8, on disk:{pages}" in capsys.readouterr().out
+    assert not pages.exists()
+    same = ["--memory.state_codec=int8", "--memory.step_in_backward=true", "--memory.activation_checkpointing=true"]
+    run(tmp_path / "paged", limit, steps=3)
+    assert pages.exists()
+    run(tmp_path / "resident", *same, steps=3)
+    found, expected = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict()
+        for name in ("paged", "resident")
+    )
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_what_is_asked_for_is_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 import weakref
 from collections import defaultdict
@@ -115,6 +116,10 @@ class Bound:
             start = stop
         stepped = [(plan.rule, group.units) for plan, group in zip(self.plans, self.groups) if plan.elementwise]
         agree_on_kernels(stepped, self.union, self.device)
+        self._parted = {
+            id(group): [window for window in group.windows if isinstance(window.spec.layout, Partition)]
+            for group in self.groups
+        }
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
         verdict = (8 * len(self.params) + 4 if self.union.size > 1 else 0) + (
             16 if self.norm.size > 1 and checked else 0
@@ -168,7 +173,7 @@ class Bound:
             )
         found: defaultdict[Tensor, Any] = defaultdict(dict)
         for group, faces in zip(self.groups, self.faces):
-            if any(isinstance(window.spec.layout, Partition) for window in group.windows):
+            if self._parted[id(group)]:
                 raise ValueError(
                     "states are partitioned over the replicas (process_group=…), no rank has them all: save with "
                     "distopt.checkpoint.save(path, model=…, optimizer=…) on every rank"
@@ -198,8 +203,7 @@ class Bound:
 
     def export(self) -> dict[str, Any]:
         """Everything but hyperparameters, in the format of a state dict; survives another binding."""
-        parted = any(isinstance(w.spec.layout, Partition) for group in self.groups for w in group.windows)
-        if parted and self.has_stepped:
+        if any(self._parted.values()) and self.has_stepped:
             raise ValueError(
                 "an optimizer whose states are partitioned over replicas cannot be changed or copied once it ran"
             )
@@ -247,7 +251,7 @@ class Bound:
     def still_holds(self, groups: list[dict[str, Any]]) -> bool:
         """Whether these groups have the parameters that were bound."""
         params = [param for group in groups for param in group["params"]]
-        same = len(params) == len(self.params) and all(map(lambda a, b: a is b, params, self.params))
+        same = len(params) == len(self.params) and all(map(operator.is_, params, self.params))
         return same and [param.dtype for param in params] == self._dtypes
 
     def step(
@@ -261,30 +265,25 @@ class Bound:
     ) -> Verdict:
         """Verdict, then mutation; see Optimizer.step. With `idle` the first step may be without any gradient."""
         grads = [param.grad for param in self.params]
+        present = [grad is not None for grad in grads]
+        checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
+        squares: list[tuple[float, float]] = []
         error: ValueError | None = None
         rules: list[Rule] = []
         try:
             rules = self.rules(groups, grads)
-            for group in self.groups:
+            for group, lacking in zip(self.groups, self._lacking(present)):
                 alarm = group.alarm()
                 if alarm is not None:
                     raise ValueError(alarm)
+                group.collect(lacking)
+                if checked and not found_inf:
+                    squares += [(found, holders / self.union.size) for found, holders in group.squares()]
         except ValueError as refused:
             error = refused
-            grads = [None] * len(grads)
-        present = [grad is not None for grad in grads]
-        checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
-        lacking = not all(present)
-        missing: list[set[int]] = []
-        collected: list[tuple[Tensor, int]] = []
-        start = 0
-        for group in self.groups:
-            missing.append({i for i in range(len(group.windows)) if not present[start + i]} if lacking else set())
-            collected += group.collect(missing[-1])
-            start += len(group.windows)
-        flats = [(flat, holders / self.union.size) for flat, holders in collected] if checked else None
+            present = [False] * len(present)
         verdict = reach_verdict(
-            flats,
+            squares if checked else None,
             present,
             self.holds,
             self.union,
@@ -350,9 +349,19 @@ class Bound:
             for group in joined:
                 group.finish()
         for group in stepped:
-            gather(group.windows, self.domains)
+            gather(self._parted[id(group)], self.domains)
         self._note(grads)
         return Verdict(norm, True, verdict.inert, verdict.partial)
+
+    def _lacking(self, present: list[bool]) -> list[set[int]]:
+        """Per group, its parameters without a gradient here."""
+        if all(present):
+            return [set() for _ in self.groups]
+        found, start = [], 0
+        for group in self.groups:
+            found.append({i for i in range(len(group.windows)) if not present[start + i]})
+            start += len(group.windows)
+        return found
 
     def _note(self, grads: list[Tensor | None]) -> None:
         """Remember the first gradient that a step has seen; see `accumulates`."""
@@ -417,7 +426,7 @@ class Bound:
                     value = other(unit.weight(number), StateView({**window.state, **coded}))
                     unit.set_weight(number, value)
                 window.finish()
-            gather(group.windows, self.domains)
+            gather(self._parted[id(group)], self.domains)
 
     def _total(self, partial: Tensor, op: str) -> Tensor:
         partial = partial.to(self.device)
@@ -432,9 +441,9 @@ class Bound:
         Raises:
             ValueError: one out of range, or one that was changed though states depend on it; a sparse gradient.
         """
-        for name, grad in zip(self.names, grads):
-            if grad is not None and grad.layout is not torch.strided:
-                raise ValueError(f"{name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it")
+        if {grad.layout for grad in grads if grad is not None} - {torch.strided}:
+            name = next(n for n, g in zip(self.names, grads) if g is not None and g.layout is not torch.strided)
+            raise ValueError(f"{name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it")
         for i, (group, stored, plan) in enumerate(zip(groups, self._stored, self.plans)):
             plan.storage.seed = group["rounding_seed"]
             fixed = [name for name in stored if name.endswith("codec") or name in ("packed", "offload")]

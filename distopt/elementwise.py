@@ -1,7 +1,8 @@
 """Elementwise rules: no pieces, no requests; flat slices of any length, in the chunks that suit the hardware.
 
-Small parameters are packed into one slab, so that a thousand of them cost one call. Large ones are stepped in place,
-by a fused kernel where the table has one, else by the rule's text in chunks that stay in cache.
+Many fp32 ones are stepped where they are, by one call of a compiled kernel, where there is one. Of the others small ones
+are packed into one slab, so that a thousand of them cost one call; large ones are stepped in place, by a fused kernel
+where the table has one, else by the rule's text in chunks that stay in cache.
 """
 
 from __future__ import annotations
@@ -16,18 +17,16 @@ from torch import Tensor
 from distopt.coded_step import step_units
 from distopt.comm.groups import Domain, Domains
 from distopt.kernels import LANES, fused_kernel
+from distopt.kernels.exact import exact_kernel
 from distopt.plan.build import GroupPlan
 from distopt.plan.tiles import CHUNK, SMALL
 from distopt.plan.trace import step_values
-from distopt.rule import Rule, Shape, StateView
+from distopt.rule import Rule, Shape, State, StateView
 from distopt.state.pages.pager import Pager
+from distopt.state.placed import MANY, Placed
 from distopt.state.units import Unit, Units
 from distopt.state.windows import Window, initial, scaled
-
-DIRECT = 4096
-"""Elements per small parameter, on average, from which a fused kernel takes them where they are. Measured with 1,000 on
-CPU: at 64 elements the copies to and from a slab take a fifth of the time that the kernel takes for so many tensors, at
-2,048 a third, at 4,096 as much."""
+from distopt.verdict import square_sum
 
 
 @dataclass
@@ -66,6 +65,8 @@ class BoundElementwise:
         ]
         self.units = Units(plan, units, domains, device, None, pager)
         exact = [i for i in range(len(windows)) if i not in self.units.of]
+        self.placed = self._place([i for i in exact if windows[i].param.dtype == torch.float32], states)
+        exact = [i for i in exact if self.placed is None or i not in self.placed.numbers]
         self.small = sorted((i for i in exact if windows[i].numel < SMALL), key=lambda i: windows[i].holders)
         self.large = [i for i in exact if windows[i].numel >= SMALL]
         packed = sum(windows[i].numel for i in self.small)
@@ -92,21 +93,32 @@ class BoundElementwise:
         # Plain contiguous fp32 parameters are packed by one concatenation; what else there is, tensor by tensor.
         self._plain = [windows[i].param for i in self.small] if all(windows[i].simple for i in self.small) else None
         self._flat = self._plain is not None and all(param.ndim == 1 for param in self._plain)
-        # A fused kernel takes them where they are, if none has an end of its own (LANES) and copies cost more than calls.
-        aligned = packed >= DIRECT * len(self.small) and all(size % LANES == 0 for size in sizes)
-        self._direct = (
-            {name: self._shaped(slab[:packed]) for name, slab in self.slabs.items()}
-            if self._plain and aligned
-            else None
-        )
+        self._factor = 1.0  # of the gradients of what is placed
+
+    def _place(self, numbers: list[int], states: dict[str, State]) -> Placed | None:
+        """Make the states of what a compiled kernel steps where it is, if there are enough of these parameters."""
+        kernel = exact_kernel(self.plan.rule) if len(numbers) >= MANY and not self.gpu else None
+        if kernel is None:
+            return None
+        windows = [self.windows[i] for i in numbers]
+        for window in windows:
+            for name, state in states.items():
+                window.state[name] = initial(state, window.numel, window.weight, self.device)
+        return Placed(kernel, numbers, windows, tuple(states))
 
     def _shaped(self, slab: Tensor) -> list[Tensor]:
         parts = slab.split([self.windows[i].numel for i in self.small])
         return [part.view(self.windows[i].raw_shape()) for i, part in zip(self.small, parts)]
 
-    def collect(self, missing: set[int]) -> list[tuple[Tensor, int]]:
-        """The gradients as few flat tensors, with the number of ranks that hold one copy of each: the slab of small ones
-        (missing ones are zero) and each large one."""
+    def collect(self, missing: set[int]) -> None:
+        """Find the gradients; missing ones are zero.
+
+        Raises:
+            ValueError: a parameter is no longer what was bound.
+        """
+        self._factor = 1.0
+        if self.placed is not None:
+            self.placed.collect(missing)
         if self._packs_plainly() and not missing:
             assert self._plain is not None
             self._pack([param.grad for param in self._plain], self.grads)  # type: ignore[misc]
@@ -128,8 +140,12 @@ class BoundElementwise:
             self._large_grads[i] = (
                 torch.zeros(self.windows[i].numel, device=self.device) if grad is None else grad.view(-1)
             )
-        flats = [(self._large_grads[i], self.windows[i].holders) for i in alone]
-        return flats + [(self.grads[start:stop], holders) for start, stop, holders in self._segments]
+
+    def squares(self) -> list[tuple[float, int]]:
+        """Sums of squares of the gradients last collected, with the number of ranks that hold one copy."""
+        found = [(square_sum(grad), self.windows[i].holders) for i, grad in self._large_grads.items()]
+        found += [(square_sum(self.grads[start:stop]), holders) for start, stop, holders in self._segments]
+        return found + (self.placed.squares() if self.placed is not None else [])
 
     def alarm(self) -> str | None:
         """What must stop training: pages that are lost."""
@@ -144,29 +160,31 @@ class BoundElementwise:
         torch.cat(flat, out=slab[: self._segments[-1][1]])
 
     def scale(self, factor: float) -> None:
-        """Multiply the gradients last collected: in place, or in fp32 where they are of lower precision."""
+        """Multiply the gradients last collected: on the way where a kernel does it, else in place, or in fp32 where they are
+        of lower precision."""
+        self._factor *= factor
         torch.mul(self.grads, factor, out=self.grads)
         self._large_grads = dict(zip(self._large_grads, scaled(list(self._large_grads.values()), factor)))
         self._return_grads()
 
     def negate(self) -> None:
         """Turn the gradients last collected around; those of the parameters stay as they are."""
+        self._factor = -self._factor
         self.grads.neg_()
         self._large_grads = {i: -grad for i, grad in self._large_grads.items()}
 
     def step(self, rule: Rule, step: int, inert: set[int], union: Domain, *, final: bool) -> None:
         """Step every parameter with the gradients last collected; `inert` ones are left alone. The states of the group
         change with the `final` call of a step."""
+        h = step_values(rule, step, Shape(1, 1, 1), self.gpu)
+        if self.placed is not None:
+            self.placed.step(rule, h, inert, self._factor)
         large = [i for i in self.large if i not in inert]
         weights = {i: self.windows[i].weight() for i in large}
         kernel = fused_kernel(rule)
         parts: list[Part] = []
         plain = self._packs_plainly()
-        direct = kernel is not None and plain and self._direct is not None and not inert
-        if direct:
-            assert kernel is not None and self._plain is not None and self._direct is not None
-            kernel(rule, step, self._plain, self._grad_views, self._direct)
-        elif self.small:
+        if self.small:
             saved = self._saved(inert)
             if plain:
                 assert self._plain is not None
@@ -185,7 +203,7 @@ class BoundElementwise:
         for part in parts:
             if kernel is None or not any(part is done for done in fused):
                 self._run(rule, step, part)
-        if self.small and not direct:
+        if self.small:
             kept = [k for k, i in enumerate(self.small) if i not in inert] if inert else range(len(self.small))
             if kept:
                 torch._foreach_copy_([views[k] for k in kept], [self._weight_views[k] for k in kept])

@@ -23,6 +23,7 @@ from distopt.state.sections import Paged
 from distopt.state.units import Unit, Units
 from distopt.state.windows import Slabs, Window, scaled, store_maker
 from distopt.state.working import Working
+from distopt.verdict import square_sum
 
 
 class BoundGroup:
@@ -95,13 +96,16 @@ class BoundGroup:
                 units.append(Unit(self.plan, self.windows, [number], lying, domains[layout.ranks], pager))
         return units
 
-    def collect(self, missing: set[int]) -> list[tuple[Tensor, int]]:
-        """The gradients, flat (zero where missing), with the number of ranks that hold one copy of each."""
+    def collect(self, missing: set[int]) -> None:
+        """Find the gradients, flat; missing ones are zero."""
         self._grads = []
         for i, window in enumerate(self.windows):
             grad = None if i in missing else window.grad()
             self._grads.append(torch.zeros(window.numel, device=self.device) if grad is None else grad)
-        return [(grad, window.holders) for grad, window in zip(self._grads, self.windows)]
+
+    def squares(self) -> list[tuple[float, int]]:
+        """Sums of squares of the gradients last collected, with the number of ranks that hold one copy."""
+        return [(square_sum(grad), window.holders) for grad, window in zip(self._grads, self.windows)]
 
     def scale(self, factor: float) -> None:
         """Multiply the gradients last collected: in place, or in fp32 where they are of lower precision."""

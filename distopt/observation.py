@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distopt.bound import Bound
 from distopt.names import strip_prefixes
-from distopt.verdict import reach_verdict
+from distopt.verdict import reach_verdict, square_sum
 
 
 def observe(
@@ -38,15 +38,16 @@ def observe(
     except ValueError as refused:
         error, found = refused, [None] * len(takes)
     present = [value is not None for value in found]
-    flats = [] if like else [(value, 1) for value in found if value is not None]
+    squares = [] if like else [(square_sum(value), 1) for value in found if value is not None]
     spans, stop = [], 0
     for group in bound.groups:
         start, stop = stop, stop + len(group.windows)
         spans.append(slice(start, stop))
         if like and takes[start]:
-            flats += group.collect({i for i, there in enumerate(present[start:stop]) if not there})
+            group.collect({i for i, there in enumerate(present[start:stop]) if not there})
+            squares += group.squares()
     union = bound.union
-    verdict = reach_verdict(flats, present, bound.holds, union, union, bound.device, error=error)
+    verdict = reach_verdict(squares, present, bound.holds, union, union, bound.device, error=error)
     if verdict.partial and engine["missing_grad"] == "raise":
         missing = ", ".join(repr(bound.names[i]) for i in sorted(verdict.partial)[:5])
         raise ValueError(f"the observation of {name!r} for {missing} is missing on some ranks")

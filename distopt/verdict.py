@@ -53,7 +53,7 @@ def square_sum(flat: Tensor) -> float:
 
 
 def reach_verdict(
-    flats: Sequence[tuple[Tensor, float]] | None,
+    squares: Sequence[tuple[float, float]] | None,
     present: Sequence[bool],
     holds: Sequence[bool],
     union: Domain,
@@ -67,7 +67,7 @@ def reach_verdict(
     """Reduce what this rank sees.
 
     Args:
-        flats: (gradient, share) pairs, where share is 1 / copies of it among the ranks of `union`; None: no check.
+        squares: (sum of squares, share) of gradients, where share is 1 / copies among the ranks of `union`; None: no check.
         present: per parameter, whether it has a gradient here.
         holds: per parameter, whether this rank holds any of its elements; one that holds none abstains.
         union: the ranks that hold these parameters.
@@ -79,33 +79,35 @@ def reach_verdict(
     Raises:
         ValueError: `error`, or that another rank has one.
     """
-    squares = math.inf if found_inf or error else 0.0
+    total = math.inf if found_inf or error else 0.0
     failed = error is not None
-    if flats is not None and not found_inf:
-        squares = math.fsum(square_sum(flat) * share for flat, share in flats) if flats else 0.0
+    if squares is not None and not math.isinf(total):
+        total = sum(found * share for found, share in squares)
     count = len(present)
     if union.size == 1:
-        inert, partial = frozenset(i for i in range(count) if not present[i]), frozenset[int]()
+        lacking = () if all(present) else (i for i in range(count) if not present[i])
+        inert, partial = frozenset(lacking), frozenset[int]()
     else:
         votes = torch.tensor(
             [*present, *(h and not p for h, p in zip(holds, present)), failed], dtype=torch.float32, device=device
         )
         _sum(union, votes)
         *both_votes, failures = votes.tolist()
-        there, lacking = both_votes[:count], both_votes[count:]
+        there, without = both_votes[:count], both_votes[count:]
         failed = failures > 0
         inert = frozenset(i for i in range(count) if not there[i])
-        partial = frozenset(i for i in range(count) if there[i] and lacking[i])
+        partial = frozenset(i for i in range(count) if there[i] and without[i])
     if norm.size > 1 and (checked or found_inf is not None):
-        squares = sum_squares(squares, norm, device)
+        total = sum_squares(total, norm, device)
     if error is not None:
         raise error
     if failed:
         raise ValueError("this step was refused on another rank, whose error says why; nothing was changed")
     if not checked and found_inf is None:
         return Verdict(None, True, inert, partial)
-    total = math.sqrt(squares) if math.isfinite(squares) else math.inf
-    return Verdict(None if flats is None else total, math.isfinite(squares), inert, partial)
+    finite = math.isfinite(total)
+    length = math.sqrt(total) if finite else math.inf
+    return Verdict(None if squares is None else length, finite, inert, partial)
 
 
 def sum_squares(squares: float, norm: Domain, device: torch.device) -> float:

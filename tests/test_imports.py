@@ -28,8 +28,8 @@ LEVELS: list[set[str]] = [
     {"optimizer", "fused"},
     {"observation", "options", "vanishing"},
     {"bound"},
-    {"agreement", "engine", "elementwise", "verdict"},
-    {"bucket", "coded_step"},
+    {"agreement", "engine", "elementwise"},
+    {"bucket", "coded_step", "verdict"},
     {"state"},
     {"comm", "kernels"},
     {"plan"},  # data, which the two lines above read and never make

@@ -16,13 +16,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from distopt.kernels.jobs import CodedKernel, Table
+from distopt.kernels.jobs import Table
 
 SOURCE = Path(__file__).with_name("step.cpp")
 # No -ffast-math: every operation is rounded as torch rounds it. Without errno and traps loops of roots become vectors.
@@ -40,6 +39,39 @@ RESTS = {
 }  # fmt: skip
 """dtype of what is kept of fp32 weights beside the parameter → struct, of the parameter's format."""
 SUM = hashlib.sha256().digest_size
+FACTOR = 7
+"""Where the source looks for the factor of gradients, after the scalars of a rule."""
+
+
+class Kernel:
+    """A build: steps jobs as every `CodedKernel` does."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._step, self._squares = library.step, library.squares
+        self._step.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+        ]
+        self._squares.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
+        self._step.restype = self._squares.restype = None
+
+    def __call__(self, table: Table, scalars: tuple[float, ...], look: bool, factor: float = 1.0) -> None:
+        """Step with gradients times `factor`."""
+        numbers = np.zeros(FACTOR + 1, np.float32)
+        numbers[: len(scalars)] = scalars
+        numbers[FACTOR] = factor
+        threads = torch.get_num_threads()
+        self._step(table.rows.ctypes.data, len(table.rows), numbers.ctypes.data, threads, int(look), int(table.wide))
+
+    def squares(self, rows: np.ndarray) -> np.ndarray:
+        """Sums of squares (jobs,), in fp64, of the fp32 gradients of these rows; not finite where one of them is not."""
+        found = np.empty(len(rows))
+        self._squares(rows.ctypes.data, len(rows), torch.get_num_threads(), found.ctypes.data)
+        return found
 
 
 def stored_weights(weight: torch.dtype, rest: torch.dtype | None) -> str:
@@ -48,7 +80,7 @@ def stored_weights(weight: torch.dtype, rest: torch.dtype | None) -> str:
 
 
 @functools.cache
-def build(rule: str, codecs: tuple[str, ...], weights: str = "Alone<Fp32>") -> CodedKernel | None:
+def build(rule: str, codecs: tuple[str, ...], weights: str = "Alone<Fp32>") -> Kernel | None:
     """The kernel of a rule for states and weights stored so; None where it cannot be built."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or not sys.platform.startswith("linux"):
@@ -61,13 +93,13 @@ def build(rule: str, codecs: tuple[str, ...], weights: str = "Alone<Fp32>") -> C
     try:
         cache = _cache()
         if cache is not None and _is_whole(cache / name):
-            step = ctypes.CDLL(str(cache / name)).step
+            library = ctypes.CDLL(str(cache / name))
         else:
             with tempfile.TemporaryDirectory(prefix="distopt-", dir=cache) as folder:
                 made = Path(folder) / name
                 options = ["-shared", "-fPIC", "-pthread", str(SOURCE), "-o", str(made)]
                 subprocess.run([*command, *options], check=True, capture_output=True, timeout=300)
-                step = ctypes.CDLL(str(made)).step
+                library = ctypes.CDLL(str(made))
                 if cache is not None:
                     with made.open("r+b") as file:  # half a library would end whoever loads it
                         file.write(hashlib.sha256(file.read()).digest())
@@ -76,9 +108,7 @@ def build(rule: str, codecs: tuple[str, ...], weights: str = "Alone<Fp32>") -> C
                     os.replace(made, cache / name)  # ranks may build at the same time
     except (OSError, subprocess.SubprocessError):
         return None
-    step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int]
-    step.restype = None
-    return functools.partial(_run, step)
+    return Kernel(library)
 
 
 def _is_whole(library: Path) -> bool:
@@ -88,13 +118,6 @@ def _is_whole(library: Path) -> bool:
     except FileNotFoundError:
         return False
     return hashlib.sha256(content[:-SUM]).digest() == content[-SUM:]
-
-
-def _run(step: Callable[..., None], table: Table, scalars: tuple[float, ...], look: bool) -> None:
-    numbers = np.zeros(8, np.float32)
-    numbers[: len(scalars)] = scalars
-    threads = torch.get_num_threads()
-    step(table.rows.ctypes.data, len(table.rows), numbers.ctypes.data, threads, int(look), int(table.wide))
 
 
 def _cache() -> Path | None:

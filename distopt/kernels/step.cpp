@@ -16,6 +16,7 @@
 constexpr int BLOCK = 128;
 constexpr float FLOOR = 0x1p-90f;
 constexpr int64_t ELEMENTS_PER_THREAD = 1 << 17;
+constexpr int FACTOR = 7;  // the scalar that gradients are multiplied by
 
 static inline int32_t bits_of(float x) { int32_t b; std::memcpy(&b, &x, 4); return b; }
 static inline float float_of(int32_t b) { float x; std::memcpy(&x, &b, 4); return x; }
@@ -299,7 +300,7 @@ static void run(const Job& job, int64_t first, int64_t last, const float* s, boo
         decode<A>(job.a, start, tile, n, a);
         if (R::states > 1) decode<B>(job.b, start, tile, n, b);
         for (int i = 0; i < n; ++i) w[i] = W::join(weight[start + i], rest[W::kept ? start + i : 0]);
-        for (int i = 0; i < n; ++i) g[i] = G::decode(grad[start + i]);
+        for (int i = 0; i < n; ++i) g[i] = G::decode(grad[start + i]) * scalars[FACTOR];
         for (int i = 0; i < n; ++i) R::step(w[i], g[i], a[i], b[i], scalars);
         if (!look)
             for (int i = 0; i < n; ++i) W::split(w[i], weight[start + i], rest[W::kept ? start + i : 0]);
@@ -308,15 +309,30 @@ static void run(const Job& job, int64_t first, int64_t last, const float* s, boo
     }
 }
 
+// Calls work(k) for k = 0 … threads - 1, with fewer threads for few elements, each on one of its own; returns their number.
+template <class Work>
+static int64_t shared_out(int64_t elements, int threads, Work work) {
+    int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, elements / ELEMENTS_PER_THREAD));
+    std::vector<std::thread> others;
+    for (int64_t k = 1; k < workers; ++k) others.emplace_back(work, k, workers);
+    work(0, workers);
+    for (auto& other : others) other.join();
+    return workers;
+}
+
+static int64_t elements(const Job* jobs, int64_t count) {
+    int64_t total = 0;
+    for (int64_t j = 0; j < count; ++j) total += jobs[j].numel;
+    return total;
+}
+
 // Steps `count` jobs, whose gradients are in the format of the weights or, with `wide`, in fp32; with `look` only the maxima of
 // tiles are written, where `agreed` is not null.
 extern "C" void step(const Job* jobs, int64_t count, const float* scalars, int threads, int look, int wide) {
     auto step_tiles = wide ? run<RULE, WEIGHTS, Fp32, CODEC_A, CODEC_B> : run<RULE, WEIGHTS, WEIGHTS::Format, CODEC_A, CODEC_B>;
-    int64_t total = 0;
-    for (int64_t j = 0; j < count; ++j) total += jobs[j].numel;
-    int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, total / ELEMENTS_PER_THREAD));
+    int64_t total = elements(jobs, count);
     // Worker k has the elements k/workers … (k+1)/workers of all jobs, up to whole tiles.
-    auto work = [=](int64_t k) {
+    shared_out(total, threads, [=](int64_t k, int64_t workers) {
         int64_t from = total * k / workers, to = total * (k + 1) / workers, before = 0;
         for (int64_t j = 0; j < count && before < to; before += jobs[j].numel, ++j) {
             auto tile = [&](int64_t element) {
@@ -325,9 +341,46 @@ extern "C" void step(const Job* jobs, int64_t count, const float* scalars, int t
             };
             step_tiles(jobs[j], tile(from), tile(to), scalars, look);
         }
-    };
-    std::vector<std::thread> others;
-    for (int64_t k = 1; k < workers; ++k) others.emplace_back(work, k);
-    work(0);
-    for (auto& other : others) other.join();
+    });
+}
+
+// Elements whose squares are added in fp32, side by side in LANES sums, before they are added in fp64.
+constexpr int64_t SLICE = 4096, LANES = 64;
+
+static double squares_of(const float* x, int64_t n) {
+    double total = 0;
+    for (int64_t start = 0; start < n; start += SLICE) {
+        int64_t stop = std::min(start + SLICE, n), whole = start + (stop - start) / LANES * LANES;
+        float sums[LANES] = {};
+        for (int64_t i = start; i < whole; i += LANES)
+            for (int k = 0; k < LANES; ++k) sums[k] = std::fma(x[i + k], x[i + k], sums[k]);
+        double sum = 0;
+        for (int k = 0; k < LANES; ++k) sum += sums[k];
+        for (int64_t i = whole; i < stop; ++i) sum += double(x[i]) * x[i];
+        if (!std::isfinite(sum)) {  // a square may be beyond fp32 where its number is not
+            sum = 0;
+            for (int64_t i = start; i < stop; ++i) sum += double(x[i]) * x[i];
+        }
+        total += sum;
+    }
+    return total;
+}
+
+// Sums of squares of the gradients, fp32, of `count` jobs.
+extern "C" void squares(const Job* jobs, int64_t count, int threads, double* found) {
+    int64_t total = elements(jobs, count);
+    std::vector<std::vector<double>> parts(std::max(threads, 1));
+    int64_t workers = shared_out(total, threads, [=, &parts](int64_t k, int64_t workers) {
+        int64_t from = total * k / workers, to = total * (k + 1) / workers, before = 0;
+        std::vector<double> sums(count, 0.0);
+        for (int64_t j = 0; j < count; before += jobs[j].numel, ++j) {
+            int64_t start = std::max<int64_t>(from - before, 0), stop = std::min(to - before, jobs[j].numel);
+            if (start < stop) sums[j] = squares_of(static_cast<const float*>(jobs[j].grad) + start, stop - start);
+        }
+        parts[k] = std::move(sums);
+    });
+    for (int64_t j = 0; j < count; ++j) {
+        found[j] = 0;
+        for (int64_t k = 0; k < workers; ++k) found[j] += parts[k][j];
+    }
 }

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from distopt.comm.groups import Domains
-from distopt.layouts import Partition, local_tensor
+from distopt.layouts import local_tensor
 from distopt.plan.build import BUCKET_BYTES
 from distopt.state.windows import Window
 
 
-def gather(windows: list[Window], domains: Domains) -> None:
+def gather(parted: list[Window], domains: Domains) -> None:
     """Make parameters that are partitioned over replicas whole again: every rank broadcasts what it updated."""
-    parted = [window for window in windows if isinstance(window.spec.layout, Partition)]
     chunk: list[Window] = []
     size = 0
     for window in parted:

@@ -91,7 +91,7 @@ def test_large_and_small_gradients_have_an_exact_norm() -> None:
 
 
 def test_a_parameter_whose_storage_was_exchanged_is_refused_before_anything_changes() -> None:
-    found, built = trained("AdamW", {}, odd=False)
+    _, built = trained("AdamW", {}, odd=False)
     first, last = built.param_groups[0]["params"][0], built.param_groups[0]["params"][-1]
     before = first.detach().clone()
     last.data = torch.zeros(3)

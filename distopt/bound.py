@@ -23,7 +23,8 @@ from distopt.elementwise import BoundElementwise
 from distopt.engine import BoundGroup
 from distopt.layouts import Partition, layout_of, local_tensor
 from distopt.names import parameter_names, strip_groups
-from distopt.plan.build import GroupPlan, Spec, plan_group
+from distopt.plan.buckets import GroupPlan, Spec
+from distopt.plan.build import plan_group
 from distopt.plan.geometry import READING
 from distopt.plan.pages import plan_pages
 from distopt.plan.report import PlanReport

@@ -18,7 +18,7 @@ from distopt.coded_step import step_units
 from distopt.comm.groups import Domain, Domains
 from distopt.kernels import LANES, fused_kernel
 from distopt.kernels.exact import exact_kernel
-from distopt.plan.build import GroupPlan
+from distopt.plan.buckets import GroupPlan
 from distopt.plan.tiles import CHUNK, SMALL
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, State, StateView

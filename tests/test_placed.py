@@ -27,7 +27,9 @@ def trained(rule: str, options: dict[str, Any], *, steps: int = 5, odd: bool = T
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
     if odd:
-        params.append(nn.Parameter(torch.randn((4, 3, 2, 2), generator=generator).to(memory_format=torch.channels_last)))
+        params.append(
+            nn.Parameter(torch.randn((4, 3, 2, 2), generator=generator).to(memory_format=torch.channels_last))
+        )
     built = getattr(distopt, rule)([(f"p{i}", p) for i, p in enumerate(params)], lr=1e-2, **options)
     for number in range(steps):
         for i, param in enumerate(params):
@@ -66,7 +68,9 @@ def test_as_torchs_own_over_steps() -> None:
             param.grad = torch.randn(param.shape, generator=generator) * 10.0 ** (i % 5 - 3)
         torchs.step()
     for mine, other in zip(found, params):
-        assert torch.equal(mine.view(-1)[: mine.numel() // 16 * 16], other.detach().view(-1)[: other.numel() // 16 * 16])
+        assert torch.equal(
+            mine.view(-1)[: mine.numel() // 16 * 16], other.detach().view(-1)[: other.numel() // 16 * 16]
+        )
         assert torch.allclose(mine, other.detach(), rtol=1e-6)
 
 

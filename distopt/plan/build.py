@@ -13,9 +13,7 @@ import numpy as np
 import torch
 
 from distopt.layouts.base import Partition
-from distopt.plan.buckets import Bucket, Entry, Group, Owned, Piece, Stack
-from distopt.plan.buckets import GroupPlan as GroupPlan
-from distopt.plan.buckets import Spec as Spec
+from distopt.plan.buckets import Bucket, Entry, Group, GroupPlan, Owned, Piece, Spec, Stack
 from distopt.plan.choose import Chooser, Item, cost
 from distopt.plan.geometry import Geometry, geometry_of, logical_of
 from distopt.plan.owners import Load, assign_owners, spread_turns

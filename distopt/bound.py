@@ -100,7 +100,7 @@ class Bound:
         for group in groups:
             stop = start + len(group["params"])
             specs = tuple(
-                Spec(self.names[i], layouts[i], layouts[i].ranks.index(self.rank), self.params[i].element_size())
+                Spec(self.names[i], layouts[i], layouts[i].ranks.index(self.rank), self.params[i].dtype)
                 for i in range(start, stop)
             )
             planned = planned_group(group, specs, replicas, gpu=self.device.type != "cpu", rates=engine["rates"])

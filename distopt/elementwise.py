@@ -61,7 +61,7 @@ class BoundElementwise:
         layouts = [spec.layout for spec in plan.specs]
         units = [
             Unit(plan, windows, members, states, domains[layouts[members[0]].ranks], pager)
-            for members in plan.storage.pack(layouts, [spec.itemsize for spec in plan.specs], states)
+            for members in plan.storage.pack(layouts, [spec.dtype for spec in plan.specs], states)
         ]
         self.units = Units(plan, units, domains, device, None, pager)
         exact = [i for i in range(len(windows)) if i not in self.units.of]

@@ -94,7 +94,7 @@ def state_bytes(
         specs = []
         for key, param in group["params"]:
             found = _on_paper(mesh, rank, key, param) if mesh is not None else layout_of(param, rank)
-            specs.append(Spec(key, found, found.ranks.index(rank), param.element_size()))
+            specs.append(Spec(key, found, found.ranks.index(rank), param.dtype))
         plan = plan_group(planned_group(settled, specs, replicas, gpu=param.is_cuda), rank)
         plans.append(plan)
     plan_pages(plans, device_budget)

@@ -136,7 +136,7 @@ def test_the_cost_model_says_where_to_step(
 ) -> None:
     numel = 3000 * 1000
     options = {**rule_defaults("adamw"), **GROUP_OPTIONS, "rule": "adamw", "state_codec": codec, "offload": offload}
-    spec = Spec("w", Plain((3000, 1000), (0,)), 0, itemsize)
+    spec = Spec("w", Plain((3000, 1000), (0,)), 0, torch.bfloat16 if itemsize == 2 else torch.float32)
     plan = plan_group(planned_group(options, [spec], None, gpu=gpu, rates=rates), 0)
     planned.plan_pages([plan])
     tiers = {page.tier for pages in plan.pages.values() for page in pages}

@@ -143,7 +143,7 @@ def plan_model(
         specs = []
         for key, param in group["params"]:
             layout = mesh.layout(tuple(param.shape), tp_dims[key])
-            specs.append(Spec(key, layout, 0, param.element_size()))
+            specs.append(Spec(key, layout, 0, param.dtype))
         plan = plan_group(planned_group(complete, specs, replicas, gpu=gpu, rates=rates), 0)
         title = f"{number} ({rule_name})"
         found.rows += [(title, strategy, loads) for strategy, loads in loads_of(plan, mesh, rates).items()]

@@ -27,7 +27,12 @@ class Spec:
     name: str
     layout: Layout
     index: int
-    itemsize: int = 4
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the parameter."""
+        return self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,10 @@ def _master_bytes(plan: GroupPlan, homes: list[Home]) -> int:
 
 def _elementwise_bytes(plan: GroupPlan, homes: list[Home]) -> int:
     states = {name: state for name, state in plan.rule.states(Shape(1, 1, 1)).items() if state.kind == "like"}
-    sizes = [spec.itemsize for spec in plan.specs]
-    exact = [home for home, size in zip(homes, sizes) if not plan.storage.coded(states, home[0].shape, size)]
+    dtypes = [spec.dtype for spec in plan.specs]
+    exact = [home for home, t in zip(homes, dtypes) if not plan.storage.coded(states, home[0].shape, t.itemsize)]
     found = sum(4 * len(states) * _numel(home) for home in exact)
-    for members in plan.storage.pack([layout for layout, _ in homes], sizes, states):
+    for members in plan.storage.pack([layout for layout, _ in homes], dtypes, states):
         tiles = join_tiles([local_tiles(*homes[i]) for i in members], [0] * len(members))
         shape = homes[members[0]][0].shape
         found += sum(_bytes(plan, name, state, shape, tiles) for name, state in states.items())

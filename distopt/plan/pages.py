@@ -248,14 +248,14 @@ def _stores(plan: GroupPlan) -> Iterator[tuple[Key, dict[str, Any], Tiles, bool]
     which a step comes by."""
     storage = plan.storage
     homes = [(spec.layout, spec.index) for spec in plan.specs]
-    sizes = [spec.itemsize for spec in plan.specs]
+    dtypes = [spec.dtype for spec in plan.specs]
     if plan.elementwise:
         states = {name: state for name, state in plan.rule.states(Shape(1, 1, 1)).items() if state.kind == "like"}
-        for members in storage.pack([layout for layout, _ in homes], sizes, states):
+        for members in storage.pack([layout for layout, _ in homes], dtypes, states):
             tiles = join_tiles([local_tiles(*homes[i]) for i in members], [0] * len(members))
             shape = homes[members[0]][0].shape
             codecs = {name: storage.codec(name, state, shape) or storage.exact for name, state in states.items()}
-            if storage.mastered(sizes[members[0]]):
+            if storage.mastered(dtypes[members[0]].itemsize):
                 codecs[MASTER] = storage.master
             yield (members[0], None, ""), codecs, tiles, True
         return

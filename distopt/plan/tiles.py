@@ -84,15 +84,15 @@ class Storage:
         return self.master is not None and itemsize < 4
 
     def pack(
-        self, layouts: Sequence[Layout], itemsizes: Sequence[int], states: Mapping[str, State]
+        self, layouts: Sequence[Layout], dtypes: Sequence[Any], states: Mapping[str, State]
     ) -> Iterator[list[int]]:
         """Numbers of the parameters with coded states, those together whose codes lie together: small ones of the same
-        ranks and codecs. It goes by global sizes, so that all ranks pack alike."""
+        ranks, dtype and codecs. It goes by global sizes, so that all ranks pack alike."""
         together: dict[object, list[int]] = {}
         for i, layout in enumerate(layouts):
-            if self.coded(states, layout.shape, itemsizes[i]):
+            if self.coded(states, layout.shape, dtypes[i].itemsize):
                 codecs = tuple(self.codec(name, state, layout.shape) for name, state in states.items())
-                alike = (tuple(sorted(layout.ranks)), itemsizes[i], codecs) if prod(layout.shape) < SMALL else i
+                alike = (tuple(sorted(layout.ranks)), dtypes[i], codecs) if prod(layout.shape) < SMALL else i
                 together.setdefault(alike, []).append(i)
         yield from together.values()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import distopt
 import distopt.checkpoint
@@ -104,3 +104,25 @@ def test_stochastic_rounding_goes_on_bit_for_bit_after_a_resume(way: str, tmp_pa
     train(third, reseeded, range(8, 9))
     moments = [one.state_dict()["state"][0]["exp_avg"] for one in (again, reseeded)]
     assert not torch.equal(*moments), "the seed decides"
+
+
+@pytest.mark.parametrize("master", ["none", "bits8", "fp32"])
+def test_small_parameters_of_two_low_precisions_are_stepped_as_each_alone(master: str) -> None:
+    """Both take 2 bytes, and their states could lie together."""
+    dtypes = {"a": torch.bfloat16, "b": torch.float16, "c": torch.bfloat16}
+
+    def stepped(names: list[str]) -> list[Tensor]:
+        params = {}
+        for name in names:
+            torch.manual_seed(ord(name))
+            params[name] = nn.Parameter(torch.randn(40, 64).to(dtypes[name]))
+        built = distopt.Lion(params.items(), lr=1e-3, state_codec="int8", master_codec=master)
+        for _ in range(4):
+            for param in params.values():
+                param.grad = param.detach().sin()
+            built.step()
+        return [param.detach() for param in params.values()] + [weight for _, weight in built._bind().master_weights()]
+
+    together = stepped(list("abc"))
+    alone = [stepped([name]) for name in "abc"]
+    assert all(map(torch.equal, together, [tensor for tensors in zip(*alone) for tensor in tensors]))

@@ -293,6 +293,26 @@ static void run(const Job& job, int64_t first, int64_t last, const float* s, boo
     typename W::Rest nothing = 0, *rest = W::kept ? static_cast<typename W::Rest*>(job.rest) : &nothing;
     float scalars[8];
     std::copy(s, s + 8, scalars);
+    if constexpr (!A::scaled && !A::stochastic && !B::scaled && !B::stochastic) {
+        if (look || first == last) return;
+        // Nothing depends on tiles: one loop, whose numbers stay in registers.
+        auto end = [&](int64_t tile) {
+            return job.starts ? job.starts[tile] - job.starts[0] : std::min(tile * BLOCK, job.numel);
+        };
+        auto codes_a = static_cast<typename A::Code*>(job.a.codes);
+        auto codes_b = static_cast<typename B::Code*>(job.b.codes);
+        int64_t stop = end(last);
+#pragma GCC ivdep
+        for (int64_t i = end(first); i < stop; ++i) {
+            float w = W::join(weight[i], rest[W::kept ? i : 0]), g = G::decode(grad[i]) * scalars[FACTOR];
+            float a = A::decode(codes_a[i], 0), b = R::states > 1 ? B::decode(codes_b[i], 0) : 0;
+            R::step(w, g, a, b, scalars);
+            W::split(w, weight[i], rest[W::kept ? i : 0]);
+            codes_a[i] = A::encode(a, 0, 0);
+            if (R::states > 1) codes_b[i] = B::encode(b, 0, 0);
+        }
+        return;
+    }
     for (int64_t tile = first; tile < last; ++tile) {
         int64_t start = job.starts ? job.starts[tile] - job.starts[0] : tile * BLOCK;
         int64_t stop = job.starts ? job.starts[tile + 1] - job.starts[0] : std::min(start + BLOCK, job.numel);

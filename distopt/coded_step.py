@@ -267,6 +267,8 @@ def step_units(
 
     for unit, section in units.walk(moving):
         taken.take(unit, section, active.get(id(unit)), known(unit, section))
+    if kernels is not None:
+        kernels.finish()
     for unit, section, guest in visits(hosted, write=True):
         taken.take(unit, section, guest, known(unit, section))
         if observed is None:

@@ -71,7 +71,7 @@ class BoundElementwise:
         self.large = [i for i in exact if windows[i].numel >= SMALL]
         packed = sum(windows[i].numel for i in self.small)
         self.padded = -(-packed // LANES) * LANES
-        self._simple = {i for i, window in enumerate(windows) if window.simple}
+        self._simple = {i for i, window in enumerate(windows) if window.plain}
         self.weights = torch.zeros(self.padded, device=device)
         self.grads = torch.zeros(self.padded, device=device)
         self.slabs: dict[str, Tensor] = {}

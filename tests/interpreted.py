@@ -4,21 +4,25 @@ TRITON_INTERPRET=1 python -m tests.interpreted
 """
 
 from itertools import product
+from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
+import distopt
 from distopt.kernels import triton_step
 from distopt.kernels.elementwise import EXAMPLES, told
-from distopt.kernels.jobs import Coding, Job, table
+from distopt.kernels.jobs import Coding, Job, Table, table
 from distopt.kernels.triton_codecs import CODECS as WRITTEN
 from distopt.kernels.triton_codecs import WEIGHTS
 from distopt.matrix.symmetric import symmetric_product
 from distopt.plan.tiles import BLOCK
 from distopt.plan.trace import step_values
 from distopt.rule import Shape, StateView
+from distopt.state import fused
 from distopt.state.codecs import CODECS
 from distopt.state.codecs.base import FLOOR
 from distopt.state.master import MASTERS
@@ -189,6 +193,48 @@ def compare(
             assert apart.max() <= 1
 
 
+def optimize(codec: str, master: str, low: torch.dtype) -> None:
+    """An optimizer's steps by the kernel, one launch for all whole tensors and one for the others, beside the rule's text."""
+    find, native, launched = fused.Fused.find, fused._native, []
+    shapes = {
+        "wide": (40, 256),
+        "ragged": (37, 100),
+        "vector": (5120,),
+        "large": (300, 64),
+        "other": (3, 7001),
+        "few": (1029,),
+    }
+
+    def launch(rows: np.ndarray, *others: object) -> Table:
+        launched.append(rows)
+        return Table(rows, *others)
+
+    def trained(find: Any) -> list[Tensor]:
+        fused.Fused.find, generator = find, torch.Generator().manual_seed(0)
+        params = {n: nn.Parameter(torch.randn(shape, generator=generator).to(low)) for n, shape in shapes.items()}
+        built = distopt.AdamW(params.items(), lr=1e-2, state_codec=codec, master_codec=master)
+        for number in range(3):
+            for name, param in params.items():
+                grad = spread(param.shape, generator).to(low)
+                param.grad = None if number == 1 and name == "ragged" else grad
+            built.step()
+        return [weight.clone() for _, weight in built._bind().master_weights()] or list(params.values())
+
+    fused._native = lambda name, codecs, weight, kept: fused._triton(
+        name, codecs, weight, None if kept is None else kept.dtype, weight
+    )
+    fused.Table = launch
+    try:
+        mine = trained(find)
+        assert [len(rows) for rows in launched] == [6, 5, 1, 5], "one call for all of the same age"
+        expected = trained(lambda self, unit: None)
+    finally:
+        fused.Fused.find, fused._native, fused.Table = find, native, Table
+    assert len(launched) == 4
+    for weight, other in zip(mine, expected):
+        assert (weight - other).norm() <= (2**-8 if master == "none" else 1e-4) * other.norm(), (codec, master, low)
+
+
 def multiply(dtype: torch.dtype) -> None:
     """Symmetric products of odd sizes, strides and stacks, beside torch's in fp64."""
     generator = torch.Generator().manual_seed(0)
@@ -235,6 +281,12 @@ def main() -> None:
         compare("AdamW", codec, master, ragged=codec == "int8", agreeing=codec == "int8", low=low)
     compare("AdamW", "int4", "bits8", ragged=True, agreeing=True)
     compare("Lion", "int8", "fp32 weights", ragged=False, agreeing=True)
+    for codec, master, low in (
+        ("int8", "bits8", torch.bfloat16),
+        ("int4", "none", torch.float32),
+        ("fp8", "bits16", torch.float16),
+    ):
+        optimize(codec, master, low)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         multiply(dtype)
     print("all equal")

@@ -84,6 +84,14 @@ def test_a_compiled_step_is_the_rules_own(
 
 
 @needs_compiler
+def test_all_units_of_a_kind_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, made = [], fused.Table
+    monkeypatch.setattr(fused, "Table", lambda rows, *others: calls.append(len(rows)) or made(rows, *others))
+    trained("AdamW", "int8")
+    assert calls == [4, 4, 3, 1, 3], "four units, of which one lacks a gradient in the third step, and is younger then"
+
+
+@needs_compiler
 def test_a_compiled_step_gives_the_same_bits_with_any_number_of_threads() -> None:
     before = torch.get_num_threads()
     try:

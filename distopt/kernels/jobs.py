@@ -50,7 +50,7 @@ class Table:
 
 
 CodedKernel = Callable[[Table, tuple[float, ...], bool], None]
-"""Steps jobs, all with starts or all without, with a rule's scalars; with True, only looks at the maxima of tiles."""
+"""Steps jobs with a rule's scalars; with True, only looks at the maxima of tiles."""
 
 WIDTH = 16
 WEIGHT, GRAD, STARTS, TILES, NUMEL, STATES, REST, NUMBERS, KEYS = 0, 1, 2, 3, 4, 5, 11, 12, 13

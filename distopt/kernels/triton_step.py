@@ -178,16 +178,18 @@ def find(
         return None
 
     def launch(table: Table, scalars: tuple[float, ...], look: bool) -> None:
-        counts = table.rows[:, COLUMN_TILES]
-        programs = _programs(counts.tobytes(), table.device)
-        rows = torch.from_numpy(table.rows)
-        if table.device.type == "cuda":  # without waiting for it
-            rows = rows.pin_memory().to(table.device, non_blocking=True)
-        step_kernel[(len(programs),)](
-            rows, programs, _one(table.device), *scalars, *[0.0] * (7 - len(scalars)), **chosen,
-            RAGGED=bool(table.rows[0, STARTS]), AGREED=table.agreed and not look, LOOK=look, num_warps=4,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+        ragged = table.rows[:, STARTS] != 0
+        for one, rows in ((True, table.rows[ragged]), (False, table.rows[~ragged])):
+            if not len(rows):
+                continue
+            programs = _programs(rows[:, COLUMN_TILES].tobytes(), table.device)
+            given = torch.from_numpy(rows)
+            if table.device.type == "cuda":  # without waiting for it
+                given = given.pin_memory().to(table.device, non_blocking=True)
+            step_kernel[(len(programs),)](
+                given, programs, _one(table.device), *scalars, *[0.0] * (7 - len(scalars)), **chosen,
+                RAGGED=one, AGREED=table.agreed and not look, LOOK=look, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
 
     return launch
 

@@ -57,6 +57,8 @@ class Fused:
     ) -> None:
         self.told, self.grads, self.inert, self.keys, self.allowed = told(rule, h), dict(grads), inert, keys, allowed
         self.weights: dict[int, Tensor] = {}
+        self._grad_dtypes: dict[int, torch.dtype] = {}
+        self._waiting: dict[tuple[Any, ...], list[tuple[Unit, Section, dict[str, Tensor]]]] = {}
 
     def find(self, unit: Unit) -> CodedKernel | None:
         """The kernel for the rule and this unit's states, if there is one."""
@@ -64,9 +66,12 @@ class Fused:
         if stepped is None:
             return None
         name, codecs, weight, master = stepped
-        if len(self._grad_dtypes(unit)) > 1:  # what is missing here and not elsewhere counts as zeros, which are fp32
+        dtypes = {self.grads[i].dtype for i in unit.members if i not in self.inert}
+        if len(dtypes) > 1:  # what is missing here and not elsewhere counts as zeros, which are fp32
             self.grads |= {i: self.grads[i].float() for i in unit.members}
-        [grad] = self._grad_dtypes(unit)
+            dtypes = {torch.float32}
+        [grad] = dtypes
+        self._grad_dtypes[id(unit)] = grad
         if not all(map(_is_even, (store for section in unit.sections for store in section.stores.values()))):
             return None
         if unit.windows[0].param.is_cuda and not unit.hosted:
@@ -74,9 +79,6 @@ class Fused:
         if grad not in (torch.float32, weight) or (self.allowed is not None and stepped not in self.allowed):
             return None
         return _native(*stepped)
-
-    def _grad_dtypes(self, unit: Unit) -> set[torch.dtype]:
-        return {self.grads[i].dtype for i in unit.members if i not in self.inert}
 
     def look(
         self,
@@ -89,8 +91,8 @@ class Fused:
         """The new maxima of the tiles of a section that an edge of a shard cuts, by state. `weight` and `grad` have what is
         in the section where that was copied."""
         maxima = {name: self._zeros(section) for name, slots in unit.slots.items() if slots}
-        self._run(kernel, unit, section, maxima, weight, grad, look=True)
-        cuts = torch.from_numpy(unit.tiles.cuts[section.cuts] - section.tiles.start).to(self._device(section))
+        self._run(kernel, [(unit, section, maxima)], weight, grad, look=True)
+        cuts = torch.from_numpy(unit.tiles.cuts[section.cuts] - section.tiles.start).to(_device(section))
         return {name: found[cuts] for name, found in maxima.items()}
 
     def step(
@@ -102,47 +104,83 @@ class Fused:
         weight: Tensor | None = None,
         grad: Tensor | None = None,
     ) -> None:
-        """Step a section, with these maxima of its cut tiles; see `look`."""
+        """Step a section, with these maxima of its cut tiles; see `look`. What neither was copied nor lies in pages waits for
+        `finish`."""
         scales = {}
         for name, agreed in known.items():
             scales[name] = self._zeros(section)
             scales[name][torch.from_numpy(agreed.cuts).to(agreed.maxima.device)] = agreed.maxima
-        self._run(kernel, unit, section, scales, weight, grad, look=False)
+        if weight is not None or section.page is not None:
+            self._run(kernel, [(unit, section, scales)], weight, grad, look=False)
+        else:
+            kind = kernel, bool(scales), self._grad_dtypes[id(unit)]
+            self._waiting.setdefault(kind, []).append((unit, section, scales))
+
+    def finish(self) -> None:
+        """Step what waits: one call for all that is alike."""
+        for (kernel, *_), parts in self._waiting.items():
+            self._run(kernel, parts, None, None, look=False)
+        self._waiting.clear()
 
     def _zeros(self, section: Section) -> Tensor:
-        return torch.zeros(section.tiles.stop - section.tiles.start, device=self._device(section))
-
-    def _device(self, section: Section) -> torch.device:
-        return next(iter(section.stores.values())).stored.device
+        return torch.zeros(section.tiles.stop - section.tiles.start, device=_device(section))
 
     def _run(
         self,
         kernel: CodedKernel,
-        unit: Unit,
-        section: Section,
-        scales: dict[str, Tensor],
+        parts: list[tuple[Unit, Section, dict[str, Tensor]]],
         weight: Tensor | None,
         grad: Tensor | None,
         *,
         look: bool,
     ) -> None:
-        """Hand over the members that step, as far as they lie in the section."""
+        """Hand over the members of units that step, as far as they lie in these sections."""
         assert self.told is not None
+        unit, section, scales = parts[0]
+        dtype = self._grad_dtypes[id(unit)]
+        rows = np.concatenate([self._fixed(unit, section) for unit, section, _ in parts])
+        numbers = [number for unit, _, _ in parts for number in unit.members]
+        if weight is not None and grad is not None:
+            dtype, before = grad.dtype, rows[:, NUMEL].cumsum() - rows[:, NUMEL]
+            rows[:, WEIGHT] = weight.data_ptr() + before * weight.element_size()
+            rows[:, GRAD] = grad.data_ptr() + before * grad.element_size()
+        else:
+            rows[:, WEIGHT] += [address for unit, _, _ in parts for address in self._weights(unit)]
+            rows[:, GRAD] = rows[:, GRAD] * dtype.itemsize + [self.grads[number].data_ptr() for number in numbers]
+        for place, name in enumerate(self.told.states):
+            if section.stores[name].firsts is not None:
+                rows[:, KEYS + place] = self.keys(name).start
+        if scales:
+            first = 0
+            for unit, section, scales in parts:
+                own = rows[first : first + len(unit.members)]
+                for place, name in enumerate(self.told.states):
+                    if name in scales:
+                        own[:, STATES + 3 * place + 2] = scales[name].data_ptr() + 4 * _first_tiles(unit, section)
+                first += len(unit.members)
+        stepping = rows[:, NUMEL] > 0
+        if self.inert:
+            stepping &= [number not in self.inert for number in numbers]
+        rows = rows if stepping.all() else rows[stepping]
+        if len(rows):
+            kernel(Table(rows, bool(scales), _device(section), dtype == torch.float32), self.told.scalars, look)
+
+    def _fixed(self, unit: Unit, section: Section) -> np.ndarray:
+        """What rows say of the members of a unit that stays as long as the section lies where it does; beside that, how
+        far into each weight (in bytes) and gradient (in elements) the section begins."""
+        assert self.told is not None
+        if section.rows is not None:
+            return section.rows
         rows, first = np.zeros((len(unit.members), WIDTH), np.int64), section.elements.start
         parts = np.array([(part.start, part.stop) for part in unit.parts.values()], np.int64)
-        tiles = np.array([(part.start, part.stop) for part in unit.tile_parts.values()], np.int64)
         begin, end = parts.clip(section.elements.start, section.elements.stop).T
-        tile, tile_end = tiles.clip(section.tiles.start, section.tiles.stop).T - section.tiles.start
-        if weight is not None and grad is not None:
-            dtype = grad.dtype
-            rows[:, WEIGHT] = weight.data_ptr() + (begin - first) * weight.element_size()
-            rows[:, GRAD] = grad.data_ptr() + (begin - first) * grad.element_size()
-        else:
-            skipped, [dtype] = begin - parts[:, 0], self._grad_dtypes(unit)
-            rows[:, WEIGHT] = np.array(self._weights(unit)) + skipped * unit.windows[0].param.element_size()
-            rows[:, GRAD] = np.array([self.grads[i].data_ptr() for i in unit.members]) + skipped * dtype.itemsize
-        rows[:, TILES], rows[:, NUMEL] = tile_end - tile, end - begin
-        starts = _tile_starts(section.shape, self._device(section))
+        tile = _first_tiles(unit, section)
+        ends = np.array([part.stop for part in unit.tile_parts.values()], np.int64)
+        rows[:, GRAD] = begin - parts[:, 0]
+        rows[:, WEIGHT] = rows[:, GRAD] * unit.windows[0].param.element_size()
+        rows[:, NUMEL] = end - begin
+        rows[:, TILES] = ends.clip(section.tiles.start, section.tiles.stop) - section.tiles.start - tile
+        starts = _tile_starts(section.shape, _device(section))
         if starts is not None:
             rows[:, STARTS] = starts.data_ptr() + 8 * tile
         if section.rest is not None:
@@ -153,27 +191,33 @@ class Fused:
             rows[:, column] = (8 * store.stored.data_ptr() + (begin - first) * bits) // unit_bits
             if store.codec.scaled:
                 rows[:, column + 1] = store.scales.data_ptr() + 4 * tile
-            if name in scales:
-                rows[:, column + 2] = scales[name].data_ptr() + 4 * tile
             if store.firsts is not None:
                 rows[:, NUMBERS] = store.firsts.data_ptr() + 8 * tile
-                rows[:, KEYS + place] = self.keys(name).start
-        rows = rows[(end > begin) & [number not in self.inert for number in unit.members]]
-        if len(rows):
-            at = self._device(section)
-            kernel(Table(rows, bool(scales), at, dtype == torch.float32), self.told.scalars, look)
+        if section.page is None:
+            section.rows = rows
+        return rows
 
     def _weights(self, unit: Unit) -> list[int]:
         """The addresses of the weights of its members."""
         found = []
         for number, window in zip(unit.members, unit.windows):
-            if window.simple:
+            if window.plain:
                 found.append(window.param.data_ptr())
                 continue
             if number not in self.weights:  # asked again, a window that is not contiguous would give another copy
                 self.weights[number] = window.weight()
             found.append(self.weights[number].data_ptr())
         return found
+
+
+def _device(section: Section) -> torch.device:
+    return next(iter(section.stores.values())).stored.device
+
+
+def _first_tiles(unit: Unit, section: Section) -> np.ndarray:
+    """Of each member its first tile, counted from the first one of the section."""
+    firsts = np.array([part.start for part in unit.tile_parts.values()], np.int64)
+    return firsts.clip(section.tiles.start, section.tiles.stop) - section.tiles.start
 
 
 def _is_even(store: Coded) -> bool:

@@ -37,6 +37,7 @@ class Section:
         rest: what parameters of lower precision lack of fp32 weights; or None.
         device: where it is stepped.
         kept: how that is stored, in a page.
+        rows: what a kernel is told of all this, if it has no page (`state/fused.py`).
     """
 
     elements: slice
@@ -49,6 +50,7 @@ class Section:
     kept: Coded | None = None
     page: Page | None = None
     pager: Pager | None = None
+    rows: np.ndarray | None = None
 
     @property
     def hosted(self) -> bool:

@@ -55,10 +55,15 @@ class Window:
         return self.numel == _raw(self.param).numel()
 
     @property
-    def simple(self) -> bool:
-        """Whether the parameter is a plain contiguous fp32 tensor that is all of the window."""
+    def plain(self) -> bool:
+        """Whether the parameter is a plain contiguous tensor that is all of the window."""
         param = self.param
-        return self.whole and not isinstance(param, DTensor) and param.is_contiguous() and param.dtype == torch.float32
+        return not isinstance(param, DTensor) and param.is_contiguous() and self.numel == param.numel()
+
+    @property
+    def simple(self) -> bool:
+        """Whether it is so, and fp32."""
+        return self.plain and self.param.dtype == torch.float32
 
     def raw_shape(self) -> tuple[int, ...]:
         """Shape of `raw_weight` and `raw_grad`: the local shape, or flat for a part of it. What is only copied need not

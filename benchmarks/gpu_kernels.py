@@ -25,6 +25,9 @@ from benchmarks.report import write_result
 VARIANTS: dict[str, tuple[torch.dtype, dict[str, Any], float]] = {
     "AdamW int8 + bits8": (torch.bfloat16, {"state_codec": "int8", "master_codec": "bits8"}, 12 + 8 / 64),
     "AdamW int8": (torch.bfloat16, {"state_codec": "int8"}, 10 + 8 / 64),
+    "AdamW fp8 + bits8": (torch.bfloat16, {"state_codec": "fp8", "master_codec": "bits8"}, 12 + 8 / 64),
+    "AdamW int4 + bits8": (torch.bfloat16, {"state_codec": "int4", "master_codec": "bits8"}, 10 + 8 / 64),
+    "AdamW int8 + bits8, float16": (torch.float16, {"state_codec": "int8", "master_codec": "bits8"}, 12 + 8 / 64),
     "AdamW bf16_sr + bits16": (torch.bfloat16, {"state_codec": "bf16_sr", "master_codec": "bits16"}, 18),
     "AdamW int8, fp32 weights": (torch.float32, {"state_codec": "int8"}, 16 + 8 / 64),
     "AdamW fp32 (torch's kernel)": (torch.float32, {}, 28),

@@ -26,7 +26,7 @@ from distopt.state.pages.pager import Pager
 from distopt.state.placed import MANY, Placed
 from distopt.state.units import Unit, Units
 from distopt.state.windows import Window, initial, scaled
-from distopt.verdict import square_sum
+from distopt.verdict import square_sums
 
 
 @dataclass
@@ -143,8 +143,9 @@ class BoundElementwise:
 
     def squares(self) -> list[tuple[float, int]]:
         """Sums of squares of the gradients last collected, with the number of ranks that hold one copy."""
-        found = [(square_sum(grad), self.windows[i].holders) for i, grad in self._large_grads.items()]
-        found += [(square_sum(self.grads[start:stop]), holders) for start, stop, holders in self._segments]
+        slabs = [self.grads[start:stop] for start, stop, _ in self._segments]
+        holders = [self.windows[i].holders for i in self._large_grads] + [copies for _, _, copies in self._segments]
+        found = list(zip(square_sums([*self._large_grads.values(), *slabs]), holders))
         return found + (self.placed.squares() if self.placed is not None else [])
 
     def alarm(self) -> str | None:

@@ -23,7 +23,7 @@ from distopt.state.sections import Paged
 from distopt.state.units import Unit, Units
 from distopt.state.windows import Slabs, Window, scaled, store_maker
 from distopt.state.working import Working
-from distopt.verdict import square_sum
+from distopt.verdict import square_sums
 
 
 class BoundGroup:
@@ -105,7 +105,7 @@ class BoundGroup:
 
     def squares(self) -> list[tuple[float, int]]:
         """Sums of squares of the gradients last collected, with the number of ranks that hold one copy."""
-        return [(square_sum(grad), window.holders) for grad, window in zip(self._grads, self.windows)]
+        return list(zip(square_sums(self._grads), (window.holders for window in self.windows)))
 
     def scale(self, factor: float) -> None:
         """Multiply the gradients last collected: in place, or in fp32 where they are of lower precision."""

@@ -40,6 +40,7 @@ class Optimizer(torch.optim.Optimizer):
             left clipped, as torch.nn.utils.clip_grad_norm_ leaves them.
         nonfinite: a NaN or infinity in any gradient on any rank raises ("raise"), skips the step on every rank
             ("skip"), or is not looked for (None: no extra pass; with max_grad_norm such a step is skipped all the same).
+            Both, and max_grad_norm, read one number per tensor off a GPU, once per group: the step waits for that.
         missing_grad: a gradient that is there on some ranks only counts as zero ("zero") or raises ("raise"). One that
             is nowhere leaves its parameter untouched.
         process_group: replicas (DDP) to partition states and work over; updated parameters are gathered.

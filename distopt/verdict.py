@@ -34,22 +34,30 @@ class Verdict:
 
 def square_sum(flat: Tensor) -> float:
     """Sum of squares of a flat tensor; inf or nan where an element is, exact in range where squares overflow fp32."""
+    return square_sums([flat])[0]
+
+
+def square_sums(flats: Sequence[Tensor]) -> list[float]:
+    """Of several tensors of one device; it is waited for once."""
+    if flats and not flats[0].is_cpu:
+        return on_device(flats).tolist()
+    return [_on_host(flat) for flat in flats]
+
+
+def on_device(flats: Sequence[Tensor]) -> Tensor:
+    """Their sums of squares in fp64, where they lie; inf or nan where an element is."""
+    wide = (flat if flat.dtype == torch.float32 else flat.float() for flat in flats)
+    return torch.stack([torch.linalg.vector_norm(flat, dtype=torch.float64) for flat in wide]).square()
+
+
+def _on_host(flat: Tensor) -> float:
     if flat.numel() == 0:
         return 0.0
     if flat.dtype != torch.float32:
         flat = flat.float()
-    if flat.device.type == "cpu":
-        parts = flat.split(SLICE)
-        total = (
-            math.fsum(values)
-            if all(map(math.isfinite, values := [torch.dot(p, p).item() for p in parts]))
-            else math.inf
-        )
-    else:
-        total = torch.linalg.vector_norm(flat, dtype=torch.float64).square().item()
-    if math.isfinite(total):
-        return total
-    return torch.linalg.vector_norm(flat, dtype=torch.float64).item() ** 2
+    values = [torch.dot(part, part).item() for part in flat.split(SLICE)]
+    total = math.fsum(values) if all(map(math.isfinite, values)) else math.inf
+    return total if math.isfinite(total) else torch.linalg.vector_norm(flat, dtype=torch.float64).item() ** 2
 
 
 def reach_verdict(

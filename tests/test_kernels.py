@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import distopt
+from distopt import elementwise, engine, verdict
 from distopt.kernels import native
 from distopt.kernels.jobs import Coding, Job, table
 from distopt.matrix.newton_schulz import orthogonalize
@@ -173,6 +175,57 @@ def test_triton_kernels(module: str, interpreted: bool, says: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert says in done.stdout
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor's values are read by the host."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.count, tolist = 0, Tensor.tolist
+        monkeypatch.setattr(Tensor, "tolist", lambda tensor: self._read() or tolist(tensor))
+
+    def _read(self) -> None:
+        self.count += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self._read()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({"nonfinite": None}, 0), ({}, 1), ({"nonfinite": None, "max_grad_norm": 1.0}, 1),
+])  # fmt: skip
+@pytest.mark.parametrize(("rule", "codec"), [
+    ("AdamW", "fp32"), ("AdamW", "int8"), ("Lion", "int4"), ("Muon", "int8"), ("Adafactor", "fp32"),
+])  # fmt: skip
+def test_a_step_waits_for_the_device_once_where_there_is_a_verdict_and_else_never(
+    rule: str, codec: str, options: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (engine, elementwise):  # as on a GPU
+        monkeypatch.setattr(module, "square_sums", lambda flats: verdict.on_device(flats).tolist())
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((40, 256), (37, 100), (300, 512))]
+    built = getattr(distopt, rule)(params, state_codec=codec, **options)
+    reads = Reads(monkeypatch)
+    for expects in (None, expected):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        reads.count = 0
+        with reads:
+            built.step()
+        assert expects is None or reads.count == expects
+
+
+def test_norms_on_a_device_are_those_on_the_host() -> None:
+    flats = [torch.randn(3_000_000), torch.randn(5000).bfloat16(), torch.empty(0), torch.full((4,), 1e30)]
+    found = verdict.on_device(flats)
+    expected = [flat.double().square().sum().item() for flat in flats]
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    assert [verdict.square_sum(flat) for flat in flats] == pytest.approx(expected, rel=1e-4)
+    assert not verdict.on_device([torch.tensor([1.0, torch.inf])]).isfinite()
+    assert not verdict.on_device([torch.tensor([1.0, torch.nan])]).isfinite()
 
 
 @pytest.mark.parametrize("method", ["quintic", "gram"])

@@ -8,7 +8,6 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -25,12 +24,11 @@ from distopt.layouts import Partition, layout_of, local_tensor
 from distopt.names import parameter_names, strip_groups
 from distopt.plan.buckets import GroupPlan, Spec
 from distopt.plan.build import plan_group
-from distopt.plan.geometry import READING
 from distopt.plan.pages import plan_pages
 from distopt.plan.report import PlanReport
-from distopt.rule import Rule, Shape, StateView
+from distopt.rule import Rule
 from distopt.rules import group_rule
-from distopt.state.codecs import STORAGE_OPTIONS
+from distopt.settings import Settings
 from distopt.state.counters import Counters
 from distopt.state.faces import Faces
 from distopt.state.fused import agree_on_kernels
@@ -88,12 +86,8 @@ class Bound:
         )
         self.union, self.norm = self.domains[tuple(union)], self.domains[norm]
 
-        rules = [group_rule(group) for group in groups]
-        self._stored = [
-            {name: group[name] for name in (*STORAGE_OPTIONS, "packed", "strategy", "wire_dtype")} for group in groups
-        ]
-        self._readings = _readings(groups)
-        agree(self._beliefs(rules, layouts, engine), self.union, self.rank, self.device)
+        self._settings = Settings(groups)
+        agree(self._beliefs(layouts, engine), self.union, self.rank, self.device)
         self.groups: list[BoundGroup | BoundElementwise] = []
         self.plans: list[GroupPlan] = []
         start = 0
@@ -238,15 +232,13 @@ class Bound:
         """Whether any group has taken a step."""
         return any(any(counters.ages) for counters in self.counters)
 
-    def _beliefs(self, rules: list[Rule], layouts: list[Any], engine: dict[str, Any]) -> list[str]:
+    def _beliefs(self, layouts: list[Any], engine: dict[str, Any]) -> list[str]:
         """What must be the same on every rank of the union."""
         words = [
             f"{name}|{layout.shape}|{layout.describe()}|{param.dtype}"
             for name, layout, param in zip(self.names, layouts, self.params)
         ]
-        words += [f"group {i}: {type(rule).__name__} {jsonable(asdict(rule))}" for i, rule in enumerate(rules)]
-        words += [f"group {i}: {jsonable(stored)}" for i, stored in enumerate(self._stored)]
-        words += [f"group {i}: {jsonable(reading)}" for i, reading in enumerate(self._readings)]
+        words += self._settings.words()
         return [*words, "options: " + jsonable({k: v for k, v in engine.items() if not k.endswith("_group")})]
 
     def still_holds(self, groups: list[dict[str, Any]]) -> bool:
@@ -350,7 +342,7 @@ class Bound:
             for group in joined:
                 group.finish()
         for group in stepped:
-            gather(self._parted[id(group)], self.domains)
+            self.gather(group)
         self._note(grads)
         return Verdict(norm, True, verdict.inert, verdict.partial)
 
@@ -410,24 +402,9 @@ class Bound:
         """The global norm, from this rank's sum of squares; inf where something is not finite."""
         return math.sqrt(sum_squares(squares, self.norm, self.device))
 
-    def swap(self, groups: list[dict[str, Any]], wanted: list[bool]) -> None:
-        """Exchange the weights that are trained for those to evaluate, or back, in the groups that are `wanted`."""
-        for group, settings, changes in zip(self.groups, groups, wanted):
-            if not changes:
-                continue
-            rule = group_rule(settings)
-            other = rule.evaluated if settings["train_mode"] else rule.trained
-            for number, window in enumerate(group.windows):
-                unit = group.units.of.get(number)
-                if unit is None:
-                    weight = window.weight()
-                    weight.copy_(other(weight.float(), StateView(window.state)))
-                else:
-                    coded = {name: group.units.read(number, None, name) for name in unit.stores}
-                    value = other(unit.weight(number), StateView({**window.state, **coded}))
-                    unit.set_weight(number, value)
-                window.finish()
-            gather(self._parted[id(group)], self.domains)
+    def gather(self, group: BoundGroup | BoundElementwise) -> None:
+        """Make parameters that are partitioned over replicas whole again."""
+        gather(self._parted[id(group)], self.domains)
 
     def _total(self, partial: Tensor, op: str) -> Tensor:
         partial = partial.to(self.device)
@@ -445,28 +422,4 @@ class Bound:
         if {grad.layout for grad in grads if grad is not None} - {torch.strided}:
             name = next(n for n, g in zip(self.names, grads) if g is not None and g.layout is not torch.strided)
             raise ValueError(f"{name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it")
-        for i, (group, stored, plan) in enumerate(zip(groups, self._stored, self.plans)):
-            plan.storage.seed = group["rounding_seed"]
-            fixed = [name for name in stored if name.endswith("codec") or name in ("packed", "offload")]
-            if any(group[name] != stored[name] for name in fixed):
-                raise ValueError(
-                    f"group {i}: how states are stored was changed after bind (from {stored}); load the state dict into an "
-                    "optimizer that was built so"
-                )
-        rules = [group_rule(group) for group in groups]
-        if self._readings != (now := _readings(groups)):
-            raise ValueError(
-                f"split, block_size or whole_parts were changed after bind, from {self._readings} to {now}; build a new optimizer"
-            )
-        shape = Shape(4, 4)
-        for plan, rule in zip(self.plans, rules):
-            if rule != plan.rule and rule.states(shape).keys() != plan.rule.states(shape).keys():
-                raise ValueError(
-                    f"{type(rule).__name__}: an option that decides which states are kept was changed after bind "
-                    f"({sorted(plan.rule.states(shape))} → {sorted(rule.states(shape))}); build a new optimizer"
-                )
-        return rules
-
-
-def _readings(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: group[key] for key in READING if key in group} for group in groups]
+        return self._settings.rules(groups, self.plans)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from distopt.bound import Bound
 from distopt.layouts import global_shape, reshard
+from distopt.modes import swap
 from distopt.names import parameter_names, strip_groups, strip_prefixes
 from distopt.observation import observe
 from distopt.options import (
@@ -267,7 +268,7 @@ class Optimizer(torch.optim.Optimizer):
     def _set_mode(self, train: bool) -> None:
         wanted = [group.get("train_mode", train) != train for group in self.param_groups]
         if any(wanted):
-            self._bind().swap(self.param_groups, wanted)
+            swap(self._bind(), self.param_groups, wanted)
             for group, changes in zip(self.param_groups, wanted):
                 if changes:
                     group["train_mode"] = train

@@ -40,6 +40,7 @@ from distopt.state.units import MASTER
 from distopt.state.windows import make_window
 from distopt.verdict import Verdict, first_nonfinite, reach_verdict, sum_squares
 
+DTYPE = operator.attrgetter("dtype")
 DEADLINE = timedelta(minutes=5)
 """How long a collective state_dict() waits for the other ranks."""
 
@@ -245,7 +246,7 @@ class Bound:
         """Whether these groups have the parameters that were bound."""
         params = [param for group in groups for param in group["params"]]
         same = len(params) == len(self.params) and all(map(operator.is_, params, self.params))
-        return same and [param.dtype for param in params] == self._dtypes
+        return same and list(map(DTYPE, params)) == self._dtypes
 
     def step(
         self,

@@ -101,9 +101,16 @@ class BoundElementwise:
         if kernel is None:
             return None
         windows = [self.windows[i] for i in numbers]
-        for window in windows:
-            for name, state in states.items():
-                window.state[name] = initial(state, window.numel, window.weight, self.device)
+        small = [window for window in windows if window.numel < SMALL]
+        sizes = [window.numel for window in small]
+        for name, state in states.items():
+            for window, part in zip(
+                small, torch.empty(sum(sizes)).split(sizes)
+            ):  # one after the other, as they are read
+                window.state[name] = part.copy_(initial(state, window.numel, window.weight, self.device))
+            for window in windows:
+                if window.numel >= SMALL:
+                    window.state[name] = initial(state, window.numel, window.weight, self.device)
         return Placed(kernel, numbers, windows, tuple(states))
 
     def _shaped(self, slab: Tensor) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from distopt.state.windows import Window
 
 MANY = 64
 """Parameters of a group from which a compiled kernel is worth building: below, torch's fused one costs as little."""
+
+IS_CPU, DTYPE = attrgetter("is_cpu"), attrgetter("dtype")
 
 
 class Placed:
@@ -42,11 +45,11 @@ class Placed:
             ValueError: a parameter has another size, or lies elsewhere, than when it was bound.
         """
         grads: list[Any] = [param.grad for param in self.params]
-        self._direct = self._simple and self._as_bound(self.params) and all(param.is_cpu for param in self.params)
+        self._direct = self._simple and self._as_bound(self.params) and all(map(IS_CPU, self.params))
         if not self._direct:
             for window in self.windows:
                 self._check(window, local_tensor(window.param).numel() if window.whole else window.numel)
-        known = self._direct and not missing and {grad.dtype for grad in grads} == {torch.float32}
+        known = self._direct and not missing and set(map(DTYPE, grads)) == {torch.float32}
         if not (known and self._as_bound(grads)):
             grads = [self._flat(number, window, missing) for number, window in zip(self.numbers, self.windows)]
         self._grads: list[Tensor] = grads

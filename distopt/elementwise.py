@@ -93,6 +93,7 @@ class BoundElementwise:
         # Plain contiguous fp32 parameters are packed by one concatenation; what else there is, tensor by tensor.
         self._plain = [windows[i].param for i in self.small] if all(windows[i].simple for i in self.small) else None
         self._flat = self._plain is not None and all(param.ndim == 1 for param in self._plain)
+        self._alone = [*self.large, *sorted(self.units.of)]
         self._factor = 1.0  # of the gradients of what is placed
 
     def _place(self, numbers: list[int], states: dict[str, State]) -> Placed | None:
@@ -139,14 +140,13 @@ class BoundElementwise:
                 if i in missing:
                     self._grad_views[k].zero_()
         self._large_grads: dict[int, Tensor] = {}
-        alone = [*self.large, *sorted(self.units.of)]
-        for i in alone:
+        for i in self._alone:
             grad = None if i in missing else self.windows[i].param.grad
             if grad is not None and not (i in self._simple and grad.is_contiguous()):
                 grad = self.windows[i].grad()
-            self._large_grads[i] = (
-                torch.zeros(self.windows[i].numel, device=self.device) if grad is None else grad.view(-1)
-            )
+            if grad is None:
+                grad = torch.zeros(self.windows[i].numel, device=self.device)
+            self._large_grads[i] = grad if grad.ndim == 1 else grad.view(-1)  # a view costs more than all else here
 
     def squares(self) -> list[tuple[float, int]]:
         """Sums of squares of the gradients last collected, with the number of ranks that hold one copy."""

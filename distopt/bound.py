@@ -326,8 +326,7 @@ class Bound:
             if engine["maximize"]:
                 group.negate()
             cohorts = counters.cohorts(inert)
-            for age, members in cohorts:
-                others = set(range(len(group.windows))) - members
+            for age, others in cohorts:
                 final = age == cohorts[-1][0]
                 barriers = group.barriers() if isinstance(group, BoundGroup) else []
                 if barriers:

@@ -66,8 +66,7 @@ def observe(
         if like and engine["maximize"]:
             group.negate()
         inert = {i - span.start for i in verdict.inert if span.start <= i < span.stop}
-        for age, members in counters.cohorts(inert):
-            others = set(range(len(group.windows))) - members
+        for age, others in counters.cohorts(inert):
             group.observe(rule, name, age + 1, None if rows is None else rows[span], others)
     return True
 

@@ -27,14 +27,14 @@ class Counters:
             entry["step"] = self._shared[age]
 
     def cohorts(self, inert: set[int]) -> list[tuple[int, set[int]]]:
-        """(count, positions) of the parameters that step now, by ascending count."""
-        if not inert and len(self._shared) == 1:
-            return [(self.ages[0], set(range(len(self.ages))))]
+        """(count, positions that rest meanwhile) of the parameters that step now, by ascending count."""
+        if len(self._shared) == 1:
+            return [(self.ages[0], inert)] if len(inert) < len(self.ages) else []
+        everyone = set(range(len(self.ages)))
         found: dict[int, set[int]] = {}
-        for position, age in enumerate(self.ages):
-            if position not in inert:
-                found.setdefault(age, set()).add(position)
-        return sorted(found.items())
+        for position in everyone - inert:
+            found.setdefault(self.ages[position], set()).add(position)
+        return [(age, everyone - found[age]) for age in sorted(found)]
 
     def advance(self, inert: set[int]) -> None:
         """One more for every parameter that is not inert."""

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("short_pages")
 
 def test_killed_in_a_step_and_resumed_beside_the_pages_it_left(tmp_path: Path) -> None:
     command = [sys.executable, "-m", paging.__name__, str(tmp_path / "a")]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[1])
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[2])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     [left] = (tmp_path / "a" / "pages").iterdir()
     assert json.loads(left.read_bytes()[: planned.SECTOR].rstrip(b"\0"))["run"]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distopt.kernels.jobs import CodedKernel
+from distopt.layouts import local_tensor
 from distopt.plan.tiles import SMALL
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
@@ -269,6 +270,11 @@ def step_units(
         taken.take(unit, section, active.get(id(unit)), known(unit, section))
     if kernels is not None:
         kernels.finish()
+        # A kernel writes to addresses: what was saved of these weights for a backward pass is another number now.
+        written = [unit for unit in stepping if id(unit) in fused and not unit.hosted]
+        torch.autograd.graph.increment_version(
+            [local_tensor(w.param) for unit in written for i, w in zip(unit.members, unit.windows) if i not in inert]
+        )
     for unit, section, guest in visits(hosted, write=True):
         taken.take(unit, section, guest, known(unit, section))
         if observed is None:

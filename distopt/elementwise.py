@@ -18,6 +18,7 @@ from distopt.coded_step import step_units
 from distopt.comm.groups import Domain, Domains
 from distopt.kernels import LANES, fused_kernel
 from distopt.kernels.exact import exact_kernel
+from distopt.layouts import local_tensor
 from distopt.plan.buckets import GroupPlan
 from distopt.plan.tiles import CHUNK, SMALL
 from distopt.plan.trace import step_values
@@ -93,7 +94,7 @@ class BoundElementwise:
         # Plain contiguous fp32 parameters are packed by one concatenation; what else there is, tensor by tensor.
         self._plain = [windows[i].param for i in self.small] if all(windows[i].simple for i in self.small) else None
         self._flat = self._plain is not None and all(param.ndim == 1 for param in self._plain)
-        self._alone = [*self.large, *sorted(self.units.of)]
+        self._alone = {i: local_tensor(windows[i].param).numel() for i in [*self.large, *sorted(self.units.of)]}
         self._factor = 1.0  # of the gradients of what is placed
 
     def _place(self, numbers: list[int], states: dict[str, State]) -> Placed | None:
@@ -106,7 +107,7 @@ class BoundElementwise:
         sizes = [window.numel for window in small]
         for name, state in states.items():
             for window, part in zip(
-                small, torch.empty(sum(sizes)).split(sizes)
+                small, torch.empty(sum(sizes), dtype=torch.float32, device=self.device).split(sizes)
             ):  # one after the other, as they are read
                 window.state[name] = part.copy_(initial(state, window.numel, window.weight, self.device))
             for window in windows:
@@ -140,11 +141,14 @@ class BoundElementwise:
                 if i in missing:
                     self._grad_views[k].zero_()
         self._large_grads: dict[int, Tensor] = {}
-        for i in self._alone:
+        for i, numel in self._alone.items():
+            self.windows[i].check(local_tensor(self.windows[i].param).numel(), numel, self.device.type)
             grad = None if i in missing else self.windows[i].param.grad
             if grad is not None and not (i in self._simple and grad.is_contiguous()):
                 grad = self.windows[i].grad()
-            if grad is None:
+            if grad is not None:
+                self.windows[i].check(grad.numel(), self.windows[i].numel, self.device.type)
+            else:
                 grad = torch.zeros(self.windows[i].numel, device=self.device)
             self._large_grads[i] = grad if grad.ndim == 1 else grad.view(-1)  # a view costs more than all else here
 
@@ -168,9 +172,9 @@ class BoundElementwise:
         torch.cat(flat, out=slab[: self._segments[-1][1]])
 
     def scale(self, factor: float) -> None:
-        """Multiply the gradients last collected: on the way where a kernel does it, else in place, or in fp32 where they are
-        of lower precision."""
-        self._factor *= factor
+        """Multiply the gradients last collected: in place, or in fp32 where they are of lower precision."""
+        if self.placed is not None:
+            self.placed.scale(factor)
         torch.mul(self.grads, factor, out=self.grads)
         self._large_grads = dict(zip(self._large_grads, scaled(list(self._large_grads.values()), factor)))
         self._return_grads()
@@ -185,8 +189,9 @@ class BoundElementwise:
         """Step every parameter with the gradients last collected; `inert` ones are left alone. The states of the group
         change with the `final` call of a step."""
         h = step_values(rule, step, Shape(1, 1, 1), self.gpu)
-        if self.placed is not None:
-            self.placed.step(rule, h, inert, self._factor)
+        left = self.placed
+        if left is not None and left.step(rule, h, inert, self._factor):
+            left = None
         large = [i for i in self.large if i not in inert]
         weights = {i: self.windows[i].weight() for i in large}
         kernel = fused_kernel(rule)
@@ -204,6 +209,8 @@ class BoundElementwise:
             parts.append(Part(self.weights, self.grads, self.slabs))
         for i in large:
             parts.append(Part(weights[i], self._large_grads[i], self.windows[i].state))
+        if left is not None:
+            parts += [Part(*found) for found in left.parts(inert, self._factor)]
         fused = [p for p in parts if kernel is not None and p.weight.dtype == p.grad.dtype == torch.float32]
         if kernel is not None and fused:
             with _aligned(fused, self.device) as lists:
@@ -221,6 +228,8 @@ class BoundElementwise:
                     self.windows[i].finish()
         for i in large:
             self.windows[i].finish()
+        if left is not None:
+            left.finish()
 
         def exact(weight: Tensor, grad: Tensor, states: dict[str, Tensor]) -> None:
             assert kernel is not None
@@ -236,6 +245,10 @@ class BoundElementwise:
             for name, value in view.new.items():
                 if name in self.scalars:
                     self.scalars[name].copy_(value)
+        if final:  # zero_grad() is to free them
+            self._large_grads = {}
+            if self.placed is not None:
+                self.placed.release()
 
     def scalar_state(self, name: str) -> Tensor:
         """A state of the group, 0-D."""
@@ -261,8 +274,8 @@ class BoundElementwise:
                 self.windows[i].state[name].copy_(value)
 
     def _return_grads(self) -> None:
-        """Leave small gradients scaled as well."""
-        present = [k for k, i in enumerate(self.small) if self.windows[i].param.grad is not None]
+        """Leave small gradients scaled as well, but for expanded ones, which have no memory for it."""
+        present = [k for k, i in enumerate(self.small) if self.windows[i].writable_grad()]
         if present:
             torch._foreach_copy_(
                 [self.windows[self.small[k]].raw_grad() for k in present], [self._grad_views[k] for k in present]

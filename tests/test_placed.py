@@ -1,5 +1,6 @@
 """Many fp32 parameters, stepped where they are by one compiled call."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -107,3 +108,143 @@ def test_a_parameter_whose_storage_was_exchanged_is_refused_before_anything_chan
     last.grad = torch.ones(300, 401)
     built.step()
     assert not torch.equal(first.detach(), before) and bool((last != 1).all())
+
+
+def many(shape: tuple[int, ...], rule: str = "AdamW", *, count: int = placed.MANY, **options: Any) -> tuple[Any, Any]:
+    """Parameters of a shape, with gradients, and an optimizer of them."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(count)]
+    for param in params:
+        param.grad = torch.randn(shape, generator=generator)
+    return params, getattr(distopt, rule)([(f"p{i}", p) for i, p in enumerate(params)], lr=1e-2, **options)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_weights_that_shrank_under_their_gradients_are_refused(codec: str) -> None:
+    params, built = many((50, 60), state_codec=codec)
+    built.step()
+    before = params[0].detach().clone()
+    params[-1].data = torch.empty(0)
+    with pytest.raises(ValueError, match="had 3000 elements on cpu here when the optimizer was bound, and has 0"):
+        built.step()
+    assert torch.equal(params[0], before)
+    params[-1].grad = None
+    params[-1].data = torch.zeros(3)
+    params[-1].grad = torch.zeros(3)
+    with pytest.raises(ValueError, match="and has 3 on cpu"):
+        built.step()
+
+
+def test_memory_that_was_freed_is_refused() -> None:
+    params, built = many((40,))
+    params[3].grad.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="the gradient of 'p3' has no memory"):
+        built.step()
+    params[3].grad = torch.ones(40)
+    params[5].data.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="'p5' has no memory"):
+        built.step()
+
+
+def test_states_that_were_moved_to_shared_memory_are_found() -> None:
+    params, built = many((50, 60))
+    twins, other = many((50, 60))
+    for _ in range(2):
+        built.step()
+        other.step()
+        for param in params:
+            for value in built.state[param].values():
+                value.share_memory_()
+    assert all(map(torch.equal, params, twins))
+    states = [(built.state[p]["exp_avg"], other.state[q]["exp_avg"]) for p, q in zip(params, twins)]
+    assert all(torch.equal(a, b) for a, b in states)
+
+
+def test_nesterov_may_be_switched_on() -> None:
+    params, built = many((40,), "SGD", momentum=0.9)
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
+    for twin, param in zip(twins, params):
+        twin.grad = param.grad.clone()
+    torchs = torch.optim.SGD(twins, lr=1e-2, momentum=0.9)
+    for optimizer in (built, torchs):
+        optimizer.step()
+        optimizer.param_groups[0]["nesterov"] = True
+        optimizer.step()
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(params, twins))
+
+
+def test_nesterov_switched_on_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for compiler in (True, False):
+        params, built = many((4, 10), "SGD", momentum=0.9)
+        params[1].data = params[1].data.t().contiguous().t()
+        built.step()
+        built.param_groups[0]["nesterov"] = True
+        if not compiler:
+            monkeypatch.setattr(placed, "exact_kernel", lambda _: None)
+        params[0].grad = None
+        built.step()
+        found.append(params)
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_a_backward_pass_knows_that_weights_were_changed(codec: str) -> None:
+    params, built = many((50, 60), state_codec=codec)
+    loss = torch.stack([param.square().sum() for param in params]).sum()
+    loss.backward(retain_graph=True)
+    built.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradients_are_left_clipped() -> None:
+    params, built = many((4, 10), max_grad_norm=0.1)
+    params[1].grad = params[1].grad.t().contiguous().t()
+    params[2].grad = torch.ones(()).expand(4, 10)  # which cannot be written to
+    built.step()
+    left = [param.grad for i, param in enumerate(params) if i != 2] + [torch.full((40,), 0.1 / built.last_grad_norm)]
+    norm = torch.stack([grad.norm() for grad in left]).norm().item()
+    assert norm == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40,), (100, 101)])
+def test_gradients_that_are_cleared_are_freed(shape: tuple[int, ...]) -> None:
+    params, built = many(shape)
+    built.step()
+    grad = weakref.ref(params[0].grad)
+    built.zero_grad()
+    assert grad() is None
+
+
+def test_any_number_of_threads_finds_the_same_norm() -> None:
+    threads, found = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            _, built = many((100, 101), count=placed.MANY + 1)
+            built.step()
+            found.add(built.last_grad_norm)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
+
+
+def test_states_are_fp32_whatever_the_default_is() -> None:
+    params, built = many((40,))
+    built.step()
+    torch.set_default_dtype(torch.float64)
+    try:
+        twins = [nn.Parameter(torch.empty(40, dtype=torch.float32)) for _ in params]
+        other = distopt.AdamW([(f"p{i}", p) for i, p in enumerate(twins)], lr=1e-2)
+        fresh = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for twin in twins:
+                twin.copy_(torch.randn(40, generator=fresh, dtype=torch.float32))
+        for twin, param in zip(twins, params):
+            twin.grad = param.grad
+        other.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert other.state[twins[0]]["exp_avg"].dtype == torch.float32
+    assert all(map(torch.equal, params, twins))

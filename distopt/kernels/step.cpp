@@ -368,39 +368,39 @@ extern "C" void step(const Job* jobs, int64_t count, const float* scalars, int t
 constexpr int64_t SLICE = 4096, LANES = 64;
 
 static double squares_of(const float* x, int64_t n) {
-    double total = 0;
-    for (int64_t start = 0; start < n; start += SLICE) {
-        int64_t stop = std::min(start + SLICE, n), whole = start + (stop - start) / LANES * LANES;
-        float sums[LANES] = {};
-        for (int64_t i = start; i < whole; i += LANES)
-            for (int k = 0; k < LANES; ++k) sums[k] = std::fma(x[i + k], x[i + k], sums[k]);
-        double sum = 0;
-        for (int k = 0; k < LANES; ++k) sum += sums[k];
-        for (int64_t i = whole; i < stop; ++i) sum += double(x[i]) * x[i];
-        if (!std::isfinite(sum)) {  // a square may be beyond fp32 where its number is not
-            sum = 0;
-            for (int64_t i = start; i < stop; ++i) sum += double(x[i]) * x[i];
-        }
-        total += sum;
+    int64_t whole = n / LANES * LANES;
+    float sums[LANES] = {};
+    for (int64_t i = 0; i < whole; i += LANES)
+        for (int k = 0; k < LANES; ++k) sums[k] = std::fma(x[i + k], x[i + k], sums[k]);
+    double sum = 0;
+    for (int k = 0; k < LANES; ++k) sum += sums[k];
+    for (int64_t i = whole; i < n; ++i) sum += double(x[i]) * x[i];
+    if (!std::isfinite(sum)) {  // a square may be beyond fp32 where its number is not
+        sum = 0;
+        for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * x[i];
     }
-    return total;
+    return sum;
 }
 
-// Sums of squares of the gradients, fp32, of `count` jobs.
+// Sums of squares of the gradients, fp32, of `count` jobs: of slices, added up in their order whatever the threads.
 extern "C" void squares(const Job* jobs, int64_t count, int threads, double* found) {
-    int64_t total = elements(jobs, count);
-    std::vector<std::vector<double>> parts(std::max(threads, 1));
-    int64_t workers = shared_out(total, threads, [=, &parts](int64_t k, int64_t workers) {
-        int64_t from = total * k / workers, to = total * (k + 1) / workers, before = 0;
-        std::vector<double> sums(count, 0.0);
-        for (int64_t j = 0; j < count; before += jobs[j].numel, ++j) {
-            int64_t start = std::max<int64_t>(from - before, 0), stop = std::min(to - before, jobs[j].numel);
-            if (start < stop) sums[j] = squares_of(static_cast<const float*>(jobs[j].grad) + start, stop - start);
+    int64_t slices = 0;
+    for (int64_t j = 0; j < count; ++j) slices += (jobs[j].numel + SLICE - 1) / SLICE;
+    std::vector<double> sums(slices);
+    shared_out(elements(jobs, count), threads, [=, &sums](int64_t k, int64_t workers) {
+        int64_t from = slices * k / workers, to = slices * (k + 1) / workers, slice = 0;
+        for (int64_t j = 0; j < count && slice < to; ++j) {
+            auto grad = static_cast<const float*>(jobs[j].grad);
+            int64_t first = slice;
+            slice += (jobs[j].numel + SLICE - 1) / SLICE;
+            for (int64_t i = std::max(from, first); i < std::min(to, slice); ++i) {
+                int64_t start = (i - first) * SLICE;
+                sums[i] = squares_of(grad + start, std::min(SLICE, jobs[j].numel - start));
+            }
         }
-        parts[k] = std::move(sums);
     });
-    for (int64_t j = 0; j < count; ++j) {
+    for (int64_t j = 0, slice = 0; j < count; ++j) {
         found[j] = 0;
-        for (int64_t k = 0; k < workers; ++k) found[j] += parts[k][j];
+        for (int64_t start = 0; start < jobs[j].numel; start += SLICE) found[j] += sums[slice++];
     }
 }

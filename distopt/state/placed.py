@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import compress
 from operator import attrgetter
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distopt.kernels.elementwise import told
+from distopt.kernels.exact import exact_kernel
 from distopt.kernels.jobs import GRAD, NUMEL, STATES, TILES, WEIGHT, WIDTH, Table
 from distopt.kernels.native import Kernel
 from distopt.layouts import local_tensor
@@ -34,26 +37,45 @@ class Placed:
         self.rows = np.zeros((len(windows), WIDTH), np.int64)
         self.rows[:, NUMEL] = self.sizes
         self.rows[:, TILES] = -(-self.rows[:, NUMEL] // BLOCK)
-        for place, name in enumerate(states):
-            self.rows[:, STATES + 3 * place] = [window.state[name].data_ptr() for window in windows]
+        self._states = [[window.state[name] for window in windows] for name in states]
+        self._find_states()
+        self._local = [local_tensor(param).numel() for param in self.params]
         self._simple = all(window.simple for window in windows)
 
     def collect(self, missing: set[int]) -> None:
         """Find the gradients; missing ones are zero.
 
         Raises:
-            ValueError: a parameter has another size, or lies elsewhere, than when it was bound.
+            ValueError: a parameter has another size, or lies elsewhere, than when it was bound, or has no memory.
         """
         grads: list[Any] = [param.grad for param in self.params]
+        weights = self.params
         self._direct = self._simple and self._as_bound(self.params) and all(map(IS_CPU, self.params))
         if not self._direct:
-            for window in self.windows:
-                self._check(window, local_tensor(window.param).numel() if window.whole else window.numel)
+            weights = list(map(local_tensor, self.params))
+            for window, weight, numel in zip(self.windows, weights, self._local):
+                window.check(weight.numel(), numel, "cpu")
         known = self._direct and not missing and set(map(DTYPE, grads)) == {torch.float32}
-        if not (known and self._as_bound(grads)):
+        self._known = known and self._as_bound(grads)
+        if not self._known:
             grads = [self._flat(number, window, missing) for number, window in zip(self.numbers, self.windows)]
         self._grads: list[Tensor] = grads
         self.rows[:, GRAD] = list(map(Tensor.data_ptr, grads))
+        self.rows[:, WEIGHT] = list(map(Tensor.data_ptr, weights))
+        used = self.rows[:, NUMEL] > 0
+        for column in (GRAD, WEIGHT):
+            if not self.rows[used, column].all():
+                name = next(w.spec.name for w, row in zip(self.windows, self.rows) if row[NUMEL] and not row[column])
+                what = "the gradient of " if column == GRAD else ""
+                raise ValueError(f"{what}{name!r} has no memory now; was its storage freed?")
+
+    def _find_states(self) -> None:
+        """Note where states lie. Whoever shares them with other processes moves them."""
+        self._storages = {
+            s.untyped_storage().data_ptr(): s.untyped_storage() for states in self._states for s in states
+        }
+        for place, states in enumerate(self._states):
+            self.rows[:, STATES + 3 * place] = list(map(Tensor.data_ptr, states))
 
     def _as_bound(self, tensors: list[Any]) -> bool:
         """Whether these are as many elements, in order, as were bound."""
@@ -62,32 +84,56 @@ class Placed:
     def _flat(self, number: int, window: Window, missing: set[int]) -> Tensor:
         grad = None if number in missing else window.grad()
         if grad is None:
-            return torch.zeros(window.numel)
-        self._check(window, grad.numel())
+            return torch.zeros(window.numel, device="cpu", dtype=torch.float32)
+        window.check(grad.numel(), window.numel, "cpu")
         return grad.float()
 
-    def _check(self, window: Window, numel: int) -> None:
-        device = window.param.device
-        if numel != window.numel or device.type != "cpu":
-            raise ValueError(
-                f"{window.spec.name!r} had {window.numel} elements on cpu here when the optimizer was bound, and has {numel} "
-                f"on {device.type} now; build the optimizer after the model is moved or sharded"
-            )
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients last collected, and those of the parameters."""
+        torch._foreach_mul_(self._grads, factor)
+        if not self._known:
+            for window, grad in zip(self.windows, self._grads):
+                window.set_grad(grad)
 
     def squares(self) -> list[tuple[float, int]]:
         """Sums of squares of the gradients last collected, with the number of ranks that hold one copy."""
         found = self.kernel.squares(self.rows)
         return [(float(found[self.holders == count].sum()), int(count)) for count in np.unique(self.holders)]
 
-    def step(self, rule: Rule, h: Any, inert: set[int], factor: float) -> None:
-        """Step all that are not `inert`, with the gradients last collected times `factor`."""
-        known = told(rule, h)
-        assert known is not None
-        weights = self.params if self._direct else [window.weight() for window in self.windows]
-        self.rows[:, WEIGHT] = list(map(Tensor.data_ptr, weights))
-        rows = self.rows if not inert else self.rows[[number not in inert for number in self.numbers]]
-        if len(rows):
-            self.kernel(Table(rows, False, torch.device("cpu")), known.scalars, False, factor)
+    def step(self, rule: Rule, h: Any, inert: set[int], factor: float) -> bool:
+        """Step all that are not `inert`, with the gradients last collected times `factor`. False, and nothing is done, where
+        there is no kernel for what the rule does now: an option such as `nesterov` may be another than at bind."""
+        known, kernel = told(rule, h), exact_kernel(rule)
+        if known is None or kernel is None:
+            return False
+        weights: list[Tensor] = self.params
         if not self._direct:
-            for window in self.windows:
-                window.finish()
+            weights = [window.weight() for window in self.windows]
+            self.rows[:, WEIGHT] = list(map(Tensor.data_ptr, weights))
+        if any(storage.data_ptr() != address for address, storage in self._storages.items()):
+            self._find_states()
+        rows = self.rows
+        if inert:
+            stepping = [number not in inert for number in self.numbers]
+            rows, weights = rows[stepping], list(compress(weights, stepping))
+        if len(rows):
+            kernel(Table(rows, False, torch.device("cpu")), known.scalars, False, factor)
+            torch.autograd.graph.increment_version(weights)  # what was saved for a backward pass is another number now
+        if not self._direct:
+            self.finish()
+        return True
+
+    def parts(self, inert: set[int], factor: float) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """Weights, gradients times `factor` and states, flat, of all that are not `inert`; `finish` after writing to them."""
+        for number, window, grad in zip(self.numbers, self.windows, self._grads):
+            if number not in inert:
+                yield window.weight(), grad.view(-1) * factor, window.state
+
+    def release(self) -> None:
+        """Forget the gradients last collected."""
+        self._grads = []
+
+    def finish(self) -> None:
+        """Write back weights whose storage is not contiguous."""
+        for window in self.windows:
+            window.finish()

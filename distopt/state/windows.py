@@ -65,6 +65,16 @@ class Window:
         """Whether it is so, and fp32."""
         return self.plain and self.param.dtype == torch.float32
 
+    def check(self, numel: int, bound: int, device: str) -> None:
+        """Raise ValueError if there are not as many elements as when it was `bound`, or not on this kind of device: a kernel is
+        handed addresses."""
+        here = self.param.device.type
+        if numel != bound or here != device:
+            raise ValueError(
+                f"{self.spec.name!r} had {bound} elements on {device} here when the optimizer was bound, and has {numel} "
+                f"on {here} now; build the optimizer after the model is moved or sharded"
+            )
+
     def raw_shape(self) -> tuple[int, ...]:
         """Shape of `raw_weight` and `raw_grad`: the local shape, or flat for a part of it. What is only copied need not
         be flattened first, which costs more than the copy for small tensors."""
@@ -82,6 +92,18 @@ class Window:
         flat = self.grad()
         assert flat is not None
         return flat.view(self.raw_shape())
+
+    def writable_grad(self) -> bool:
+        """Whether there is a gradient, and each of its elements has memory of its own."""
+        grad = self.param.grad
+        return grad is not None and (grad.is_contiguous() or 0 not in grad.stride())
+
+    def set_grad(self, value: Tensor) -> None:
+        """Write this to the gradient, if that is there and lies elsewhere."""
+        if self.writable_grad():
+            raw = self.raw_grad()
+            if raw.data_ptr() != value.data_ptr():
+                raw.copy_(value.view(raw.shape))
 
     def weight(self) -> Tensor:
         """The weights, flat; call `finish` after writing to them."""
@@ -166,7 +188,7 @@ def initial(state: State, numel: int, weight: Callable[[], Tensor], device: torc
     """A flat state as it starts; `weight` gives the flat weights that it lies like."""
     if state.fill == "weight":
         return weight().to(torch.float32, copy=True)
-    return torch.full((numel,), state.fill, device=device)
+    return torch.full((numel,), state.fill, dtype=torch.float32, device=device)
 
 
 def allocate_stacks(

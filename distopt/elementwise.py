@@ -106,9 +106,8 @@ class BoundElementwise:
         small = [window for window in windows if window.numel < SMALL]
         sizes = [window.numel for window in small]
         for name, state in states.items():
-            for window, part in zip(
-                small, torch.empty(sum(sizes), dtype=torch.float32, device=self.device).split(sizes)
-            ):  # one after the other, as they are read
+            slab = torch.empty(sum(sizes), dtype=torch.float32, device=self.device)
+            for window, part in zip(small, slab.split(sizes)):  # one after the other, as they are read
                 window.state[name] = part.copy_(initial(state, window.numel, window.weight, self.device))
             for window in windows:
                 if window.numel >= SMALL:
@@ -142,14 +141,17 @@ class BoundElementwise:
                     self._grad_views[k].zero_()
         self._large_grads: dict[int, Tensor] = {}
         for i, numel in self._alone.items():
-            self.windows[i].check(local_tensor(self.windows[i].param).numel(), numel, self.device.type)
-            grad = None if i in missing else self.windows[i].param.grad
+            window = self.windows[i]
+            local = local_tensor(window.param)
+            if local.numel() != numel or local.is_cpu is self.gpu:
+                window.check(local.numel(), numel, self.device.type)
+            grad = None if i in missing else window.param.grad
             if grad is not None and not (i in self._simple and grad.is_contiguous()):
-                grad = self.windows[i].grad()
-            if grad is not None:
-                self.windows[i].check(grad.numel(), self.windows[i].numel, self.device.type)
-            else:
-                grad = torch.zeros(self.windows[i].numel, device=self.device)
+                grad = window.grad()
+            if grad is None:
+                grad = torch.zeros(window.numel, device=self.device)
+            elif grad.numel() != window.numel:
+                window.check(grad.numel(), window.numel, self.device.type)
             self._large_grads[i] = grad if grad.ndim == 1 else grad.view(-1)  # a view costs more than all else here
 
     def squares(self) -> list[tuple[float, int]]:

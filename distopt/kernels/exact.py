@@ -1,7 +1,8 @@
 """Fused steps of many fp32 tensors where they are, on CPU: one compiled call over a table of addresses.
 
 The bits are those of torch's fused kernels, or where torch has none those of the rule's text: a build that gives others on
-this machine is not used. So it does not matter which ranks have a compiler, nor which parameters are stepped so.
+this machine is not used. So it does not matter which ranks have a compiler, nor which parameters are stepped so; only the
+norm that clips is added up in another order without one.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     python -m benchmarks.gpu_kernels --dry-run       # the same table of what would run, on a CPU and tiny shapes
 
 The matrices of some layers. Copy bandwidth: a copy of 1 GiB, read and written bytes over time. Of a step: the bytes that it
-has to read and write (weights, rest of master weights, gradients, states, scales) over time.
+has to read and write (weights, rest of master weights, gradients, states, scales) over time. Then what is elementwise in rules
+that are not, as one kernel per stretch and as torch's operations, on one stack of as many elements.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -21,6 +23,8 @@ import distopt
 from benchmarks import shapes
 from benchmarks.int8_step import in_turn
 from benchmarks.report import write_result
+from distopt.kernels import stretch_kernels
+from distopt.rules import adafactor, muon
 
 VARIANTS: dict[str, tuple[torch.dtype, dict[str, Any], float]] = {
     "AdamW int8 + bits8": (torch.bfloat16, {"state_codec": "int8", "master_codec": "bits8"}, 12 + 8 / 64),
@@ -77,6 +81,24 @@ def copying(size: int, device: str, rounds: int) -> float:
     return statistics.median(in_turn({"copy": lambda: target.copy_(source)}, rounds)["copy"])
 
 
+def stretches(numel: int, device: str) -> dict[str, tuple[Callable[[], Any], Callable[[], Any], int]]:
+    """Stretches of rules: by kernel (on a CPU as well by the text), by the text, bytes read and written per element."""
+    shape = (4, max(numel // (4 * 4096), 1), min(numel // 4, 4096))
+    wide, other = (torch.randn(shape, device=device) for _ in range(2))
+    row, col, one = wide[:, :, :1].square(), wide[:, :1].square(), wide[:, :1, :1].square()
+    given: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
+        "Muon, momentum to bf16": (muon.prepare, (wide, other, 0.95, True, torch.bfloat16), 14),
+        "Muon, new weights": (muon.apply, (wide, other.bfloat16(), 0.99, -0.02), 10),
+        "Adafactor, update": (adafactor.precondition, (wide, row, col, one, 1e-7), 12),
+        "Adafactor, new weights": (adafactor.apply, (wide, other, one, 0.99), 12),
+    }
+    kernels = stretch_kernels(torch.device(device))
+    return {
+        name: (partial(kernels.get(text, text), *args), partial(text, *args), moved)
+        for name, (text, args, moved) in given.items()
+    }
+
+
 def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -102,6 +124,12 @@ def main() -> None:
         rate = moved * numel / milliseconds / 1e6
         rows.append([name, f"{milliseconds:.3f}", f"{rate:.0f}", f"{rate / bandwidth:.2f}", "≥ 0.85"])
         del step
+    for name, (kernel, text, moved) in stretches(numel, device).items():
+        for kind, run in (("kernel", kernel), ("torch's operations", text)):
+            milliseconds = statistics.median(in_turn({name: run}, rounds)[name])
+            rate = moved * numel / milliseconds / 1e6
+            reach = "≥ 0.85" if run is kernel else None
+            rows.append([f"{name}, {kind}", f"{milliseconds:.3f}", f"{rate:.0f}", f"{rate / bandwidth:.2f}", reach])
     for name, (dtype, other) in others().items():
         step = other(parameters(sizes, dtype, device)).step
         milliseconds = statistics.median(in_turn({name: step}, rounds)[name])

@@ -18,12 +18,13 @@ from distopt.comm.pipeline import Barrier, Run
 from distopt.comm.reductions import Reductions
 from distopt.comm.routes import routes
 from distopt.comm.sums import Sums
+from distopt.kernels import stretch_kernels
 from distopt.matrix.triangle import pack, unpack
 from distopt.plan.buckets import Bucket, Stack
 from distopt.plan.strategies import Payload, is_tall, sides, slice_work
 from distopt.plan.tiles import Storage
 from distopt.plan.trace import Ask, Rounds, step_values
-from distopt.rule import Back, Reduction, Rule, StateView, Through, Whole
+from distopt.rule import Back, Reduction, Rule, Shape, StateView, Step, Through, Whole
 from distopt.state.coded import Coded
 from distopt.state.noise import Key
 from distopt.state.sections import Paged
@@ -48,6 +49,7 @@ class BoundBucket:
     ) -> None:
         self.bucket, self.windows, self.domain, self.device = bucket, windows, domain, device
         self.gpu = device.type != "cpu"
+        self.stretches = stretch_kernels(device)
         self.slabs, self.owned_slabs = allocate_stacks(rule, bucket, windows, pieces, device, storage, make)
         self.reductions = Reductions(bucket, domain, device)
         self.rounds = rounds
@@ -86,13 +88,13 @@ class BoundBucket:
         for stack, slabs in zip(bucket.stacks, self.slabs):
             lying = self._lying(stack, slabs, working)
             views.append(StateView({**slabs.tensors, **_decoded(slabs), **lying, **before}))
-            h = step_values(rule, step, stack.shape, self.gpu, stack.turns)
+            h = self._values(rule, step, stack.shape, stack.turns)
             weights = {piece.param: working.weight(piece.param) for piece in stack.pieces}
             runs.append(rule.update(_load(grads, stack), _load(weights, stack), views[-1], h))
         for group, slabs in zip(bucket.owned, self.owned_slabs):
             views.append(StateView({**slabs.tensors, **_decoded(slabs)}))
             nothing = torch.empty((0, group.shape.rows, group.shape.cols), device=self.device)
-            h = step_values(rule, step, group.shape, self.gpu, group.turns)
+            h = self._values(rule, step, group.shape, group.turns)
             runs.append(rule.update(nothing, nothing, views[-1], h))
         if before and not runs:  # nothing lies here, but the group's states move on
             shape = bucket.entries[0].shape
@@ -101,7 +103,7 @@ class BoundBucket:
                 name: torch.empty(no_extent(s, shape), device=self.device) for name, s in rule.states(shape).items()
             }
             views.append(StateView({**states, **before}))
-            runs.append(rule.update(nothing, nothing, views[-1], step_values(rule, step, shape, self.gpu)))
+            runs.append(rule.update(nothing, nothing, views[-1], self._values(rule, step, shape)))
         answers: list[Any] = [None] * len(runs)
         values: list[Tensor] = []
         for asks in self.rounds:
@@ -123,6 +125,9 @@ class BoundBucket:
                     _view(working.weight(piece.param), piece.rect).copy_(value[item])
         yield from self.close(inert, working)
 
+    def _values(self, rule: Rule, step: int, shape: Shape, turns: tuple[int, ...] = ()) -> Step:
+        return step_values(rule, step, shape, self.gpu, turns, self.stretches)
+
     def close(self, inert: set[int], working: Working) -> Generator[dist.Work | None, None, None]:
         """Store the coded states of the parameters whose last bucket this is."""
         yield from working.close([number for number in self.closes if number not in inert], self.domain, self.device)
@@ -141,7 +146,7 @@ class BoundBucket:
         for stack, slabs in zip(self.bucket.stacks, self.slabs):
             views.append(StateView({**slabs.tensors, **_decoded(slabs), **self._lying(stack, slabs, working)}))
             value = _load(values, stack) if rule.observes[name] == "like" else self._rows(values, stack)
-            rule.observe(name, value, views[-1], step_values(rule, step, stack.shape, self.gpu, stack.turns))
+            rule.observe(name, value, views[-1], self._values(rule, step, stack.shape, stack.turns))
         self._commit(views, inert, working)
 
     def _rows(self, values: list[Tensor], stack: Stack) -> Tensor:

@@ -12,9 +12,9 @@ function that is handed flat slices of any length.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ MAX_FAILURES = 3
 
 Scope = Literal["matrix", "tensor", "optimizer"]
 Kind = Literal["like", "row", "col", "matrix", "group", "owner"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,6 +173,8 @@ class Step:
     logical `shape`, whether it runs on a `gpu`, which of the rule's `recurring` work is `due`, and whatever its `scalars`
     returned."""
 
+    stretches: Mapping[Any, Callable[..., Any]] = {}
+    """Kernels, by the function that each stands for."""
     due: frozenset[str]
     gpu: bool
     lr: float
@@ -181,6 +184,11 @@ class Step:
 
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
+
+    def run(self, f: Callable[..., _T], *args: Any) -> _T:
+        """`f(*args)`, by a kernel where there is one: an elementwise stretch of a rule, over tensors that broadcast to the
+        first one (k, rows, cols), and numbers."""
+        return self.stretches.get(f, f)(*args)
 
     def __getattr__(self, name: str) -> Any:  # only reached for names that __init__ did not set
         raise AttributeError(f"the rule's scalars() do not define {name!r}")

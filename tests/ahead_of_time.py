@@ -12,10 +12,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from distopt.kernels import triton_step
+from distopt.kernels import triton_stretches as stretches
 from distopt.kernels.triton_codecs import CODECS, WEIGHTS
 from distopt.matrix.symmetric import SIZES, product_kernel
 
 ARCHITECTURES = (80, 90)
+STRETCHES = (
+    (stretches.muon_prepare, 2, 2, "bf16"),
+    (stretches.muon_prepare_nesterov, 2, 2, "bf16"),
+    (stretches.muon_prepare_nesterov, 2, 2, "fp16"),
+    (stretches.muon_apply, 2, 1, "bf16"),
+    (stretches.adafactor_precondition, 4, 2, "fp32"),
+    (stretches.adafactor_average, 2, 3, "fp32"),
+    (stretches.adafactor_apply, 3, 1, "fp32"),
+)
+"""Stretches of rules, how many tensors they read and write, and the dtype that travels."""
 
 
 def compile_for(architecture: int, kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> None:
@@ -64,6 +75,12 @@ def main() -> None:
         numbers |= dict.fromkeys(("x", "y", "add", "out"), f"*{short}")
         constants = {"ADDS": adds, "SIDE": side, "DEPTH": depth, "WIDEN": False}
         compile_for(architecture, product_kernel, numbers, constants)
+    for architecture, (stretch, inputs, outputs, dtype) in product(ARCHITECTURES, STRETCHES):
+        numbers = dict.fromkeys(stretches.stretch_kernel.arg_names, "i32") | {"s0": "fp32", "s1": "fp32"}
+        numbers |= dict.fromkeys(("x0", "x2", "x3", "y0", "y2"), "*fp32")
+        numbers |= {"x1": f"*{dtype if outputs == 1 else 'fp32'}", "y1": f"*{dtype if outputs == 2 else 'fp32'}"}
+        constants = {"STRETCH": stretch, "INPUTS": inputs, "OUTPUTS": outputs, "HIGH": 8, "WIDE": 128}
+        compile_for(architecture, stretches.stretch_kernel, numbers, constants)
     print(f"{len(variants)} steps compiled for {ARCHITECTURES}")
 
 

@@ -7,7 +7,7 @@ hand over lengths that are multiples of `LANES` where bits must not depend on wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,15 @@ Kernel = Callable[[Any, int, list[Tensor], list[Tensor], dict[str, list[Tensor]]
 def fused_kernel(rule: Rule) -> Kernel | None:
     """The kernel for a rule with fp32 weights, gradients and states; None where the rule's own text is to run."""
     return KERNELS.get(type(rule))
+
+
+def stretch_kernels(device: torch.device) -> Mapping[Any, Callable[..., Any]]:
+    """Kernels for elementwise stretches of rules on this device, by the function of the rule's file."""
+    if device.type != "cuda":
+        return {}
+    from distopt.kernels import triton_stretches  # importing Triton takes a second
+
+    return triton_stretches.KERNELS
 
 
 def _adamw(rule: AdamW, step: int, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]) -> None:

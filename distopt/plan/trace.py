@@ -8,6 +8,7 @@ cost.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -75,8 +76,16 @@ class Trace:
         return [ask for asks in self.rounds for ask in asks if ask.kind == kind]
 
 
-def step_values(rule: Rule, step: int, shape: Shape, gpu: bool, turns: tuple[int, ...] = ()) -> Step:
-    """The `h` of a step, for matrices whose recurring work has these turns (none given: all have turn 0)."""
+def step_values(
+    rule: Rule,
+    step: int,
+    shape: Shape,
+    gpu: bool,
+    turns: tuple[int, ...] = (),
+    stretches: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Step:
+    """The `h` of a step, for matrices whose recurring work has these turns (none given: all have turn 0), with these kernels
+    for stretches of rules."""
     work = rule.recurring(shape)
     return Step(
         due=frozenset(name for name, turn in zip(work, turns or [0] * len(work)) if rule.due(step, turn)),
@@ -85,6 +94,7 @@ def step_values(rule: Rule, step: int, shape: Shape, gpu: bool, turns: tuple[int
         weight_decay=getattr(rule, "weight_decay", 0.0),
         step=step,
         shape=shape,
+        stretches=stretches or {},
         **rule.scalars(step),
     )
 

@@ -11,6 +11,24 @@ from torch import Tensor
 from distopt.rule import Mean, Rule, Shape, State, Update, require
 
 
+def precondition(grad: Tensor, row: Tensor, col: Tensor, total: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The update of a matrix, and its squares: row (k, rows, 1), col (k, 1, cols), total (k, 1, 1)."""
+    update = (row * col / total.clamp(min=eps)).clamp(min=eps * eps).rsqrt() * grad
+    return update, update * update
+
+
+def average(grad: Tensor, variance: Tensor, fresh: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The new second moment of what is no matrix, the update and its squares."""
+    variance = variance.lerp(grad * grad, fresh)
+    update = variance.clamp(min=eps * eps).rsqrt() * grad
+    return variance, update, update * update
+
+
+def apply(weight: Tensor, update: Tensor, factor: Tensor, decay: float) -> Tensor:
+    """New weights; the factor is one number per matrix (k, 1, 1)."""
+    return weight * decay - update * factor
+
+
 @dataclass(frozen=True)
 class Adafactor(Rule):
     """Second moments of a matrix factored into a row and a column statistic. The same mathematics, order and defaults
@@ -50,16 +68,16 @@ class Adafactor(Rule):
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
         eps = self.eps[0] if self.eps[0] is not None else torch.finfo(torch.float32).eps
-        square = grad * grad
         if h.shape.is_matrix:
+            square = grad * grad
             row, col = yield Mean(square, -1), Mean(square, -2)
             state.row_var = state.row_var.lerp(row, h.one_minus_beta2)
             state.col_var = state.col_var.lerp(col, h.one_minus_beta2)
             total = yield Mean(state.row_var, -2)
-            second = state.row_var * state.col_var / total.clamp(min=eps)
+            update, square = h.run(precondition, grad, state.row_var, state.col_var, total, eps)
         else:
-            state.variance = second = state.variance.lerp(square, h.one_minus_beta2)
-        update = second.clamp(min=eps * eps).rsqrt() * grad
-        squares, weights = yield Mean(update * update, scope="tensor"), Mean(weight * weight, scope="tensor")
+            state.variance, update, square = h.run(average, grad, state.variance, h.one_minus_beta2, eps)
+        squares, weights = yield Mean(square, scope="tensor"), Mean(weight * weight, scope="tensor")
         step_size = h.rho * weights.sqrt().clamp(min=self.eps[1]) if self.scale_parameter else h.lr
-        return weight * (1 - h.lr * h.weight_decay) - update * (step_size / (squares.sqrt() / self.d).clamp(min=1))
+        factor = step_size / (squares.sqrt() / self.d).clamp(min=1)
+        return h.run(apply, weight, update, factor, 1 - h.lr * h.weight_decay)

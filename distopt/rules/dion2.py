@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distopt.matrix.newton_schulz import Method, orthogonalize
 from distopt.rule import Back, Rule, Shape, State, Update, Whole, require
-from distopt.rules.muon import SCALES
+from distopt.rules.muon import SCALES, apply
 
 
 @dataclass(frozen=True)
@@ -73,4 +73,4 @@ class Dion2(Rule):
 
         direction = yield Back(torch.zeros_like(buffer, dtype=dtype).scatter(across, chosen, orthogonal))
         scale = SCALES[self.adjust_lr_fn or "original"](rows, cols)
-        return (weight * (1 - h.lr * h.weight_decay)).add(direction.to(weight.dtype), alpha=-h.lr * scale)
+        return h.run(apply, weight, direction, 1 - h.lr * h.weight_decay, -h.lr * scale)

@@ -18,6 +18,19 @@ SCALES = {
 }
 
 
+def prepare(
+    grad: Tensor, momentum_buffer: Tensor, momentum: float, nesterov: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The new momentum, and what is made orthogonal, in the dtype that travels."""
+    momentum_buffer = momentum_buffer.lerp(grad, 1 - momentum)
+    return momentum_buffer, (grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer).to(dtype)
+
+
+def apply(weight: Tensor, direction: Tensor, decay: float, factor: float) -> Tensor:
+    """New weights from a direction, in the dtype that travelled."""
+    return (weight * decay).add(direction.to(weight.dtype), alpha=factor)
+
+
 @dataclass(frozen=True)
 class Muon(Rule):
     """Replaces the momentum of a hidden matrix by the nearest semi-orthogonal one. The same mathematics, order and
@@ -60,13 +73,11 @@ class Muon(Rule):
         return {"momentum_buffer": State("like")}
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
-        state.momentum_buffer = state.momentum_buffer.lerp(grad, 1 - self.momentum)
-        update = grad.lerp(state.momentum_buffer, self.momentum) if self.nesterov else state.momentum_buffer
-
         dtype = self.ns_dtype or (torch.bfloat16 if h.gpu else torch.float32)
+        state.momentum_buffer, update = h.run(prepare, grad, state.momentum_buffer, self.momentum, self.nesterov, dtype)
         newton_schulz = Orthogonalize(self.ns, self.ns_steps, self.ns_coefficients, self.eps, dtype)
-        matrix = yield Whole(update.to(dtype))
+        matrix = yield Whole(update)
         orthogonal = yield Through(matrix, newton_schulz)
         orthogonal = yield Back(orthogonal)
         scale = SCALES[self.adjust_lr_fn or "original"](h.shape.rows, h.shape.cols)
-        return (weight * (1 - h.lr * h.weight_decay)).add(orthogonal.to(weight.dtype), alpha=-h.lr * scale)
+        return h.run(apply, weight, orthogonal, 1 - h.lr * h.weight_decay, -h.lr * scale)

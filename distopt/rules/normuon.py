@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distopt.matrix.newton_schulz import Method, orthogonalize
 from distopt.rule import Back, Rule, Shape, State, Update, Whole, require
-from distopt.rules.muon import SCALES
+from distopt.rules.muon import SCALES, apply, prepare
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,9 @@ class NorMuon(Rule):
         return {"momentum_buffer": State("like"), "row_sq": State("owner", (shape.rows, 1), signed=False)}
 
     def update(self, grad: Tensor, weight: Tensor, state: Any, h: Any) -> Update:
-        state.momentum_buffer = state.momentum_buffer.lerp(grad, 1 - self.momentum)
-        update = grad.lerp(state.momentum_buffer, self.momentum) if self.nesterov else state.momentum_buffer
-
         dtype = self.ns_dtype or (torch.bfloat16 if h.gpu else torch.float32)
-        matrix = yield Whole(update.to(dtype))
+        state.momentum_buffer, update = h.run(prepare, grad, state.momentum_buffer, self.momentum, self.nesterov, dtype)
+        matrix = yield Whole(update)
         orthogonal = orthogonalize(matrix, method=self.ns, steps=self.ns_steps, dtype=dtype).float()
         state.row_sq = state.row_sq.lerp(orthogonal.square().mean(-1, keepdim=True), 1 - self.beta2)
         normalized = orthogonal / (state.row_sq.sqrt() + self.eps)
@@ -77,4 +75,4 @@ class NorMuon(Rule):
         normalized = normalized * (norm / torch.linalg.matrix_norm(normalized, keepdim=True).clamp(min=self.eps))
 
         direction = yield Back(normalized.to(dtype))
-        return (weight * (1 - h.lr * h.weight_decay)).add(direction.to(weight.dtype), alpha=-h.lr * scale)
+        return h.run(apply, weight, direction, 1 - h.lr * h.weight_decay, -h.lr * scale)

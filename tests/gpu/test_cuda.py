@@ -24,7 +24,7 @@ def trained(rule: str, device: str) -> dict[str, torch.Tensor]:
     for name, shape in SHAPES.items():
         if name != "vector" or rule in ("sgd", "adamw", "lion", "adafactor", "soap"):
             params[name] = nn.Parameter(torch.randn(shape, generator=generator).to(device))
-    options = {"ns_dtype": torch.float32} if rule == "muon" else {}
+    options = {"ns_dtype": torch.float32} if rule.endswith("muon") else {}
     optimizer = cls(params.items(), lr=1e-2, **options)
     for _ in range(5):
         for param in params.values():
@@ -39,11 +39,24 @@ def trained(rule: str, device: str) -> dict[str, torch.Tensor]:
     return {name: param.detach().cpu() for name, param in params.items()}
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adamw", "lion", "adafactor", "muon"])
+@pytest.mark.parametrize("rule", ["sgd", "adamw", "lion", "adafactor", "muon", "normuon"])
 def test_a_rule_on_cuda_equals_the_rule_on_cpu(rule: str) -> None:
     there, here = trained(rule, "cuda"), trained(rule, "cpu")
     for name, weight in here.items():
         assert (there[name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
+def test_stretches_of_rules_are_one_kernel_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distopt.kernels import triton_stretches
+
+    launched, launch = [], triton_stretches.launch
+    monkeypatch.setattr(triton_stretches, "launch", lambda *args: launched.append(args[0]) or launch(*args))
+    for rule, expected in (("muon", 2), ("adafactor", 2)):
+        launched.clear()
+        param = nn.Parameter(torch.randn(40, 300, device="cuda"))
+        param.grad = torch.randn_like(param)
+        getattr(distopt, RULES[rule])([param]).step()
+        assert len(launched) == expected, rule
 
 
 def test_soap_on_cuda_is_finite_and_moves() -> None:

@@ -9,9 +9,9 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -40,7 +40,7 @@ from distopt.state.units import MASTER
 from distopt.state.windows import make_window
 from distopt.verdict import Verdict, first_nonfinite, reach_verdict, sum_squares
 
-DTYPE = operator.attrgetter("dtype")
+DTYPE, GRAD = operator.attrgetter("dtype"), operator.attrgetter("grad")
 DEADLINE = timedelta(minutes=5)
 """How long a collective state_dict() waits for the other ranks."""
 
@@ -87,29 +87,25 @@ class Bound:
         )
         self.union, self.norm = self.domains[tuple(union)], self.domains[norm]
 
-        self._settings = Settings(groups)
+        self.settings = Settings(groups)
         agree(self._beliefs(layouts, engine), self.union, self.rank, self.device)
         self.groups: list[BoundGroup | BoundElementwise] = []
         self.plans: list[GroupPlan] = []
-        start = 0
-        for group in groups:
-            stop = start + len(group["params"])
+        ends = list(accumulate(len(group["params"]) for group in groups))
+        self.spans = [slice(stop - len(group["params"]), stop) for group, stop in zip(groups, ends)]
+        """Where each group's parameters are among all."""
+        for group, span in zip(groups, self.spans):
             specs = tuple(
                 Spec(self.names[i], layouts[i], layouts[i].ranks.index(self.rank), self.params[i].dtype)
-                for i in range(start, stop)
+                for i in range(span.start, span.stop)
             )
             planned = planned_group(group, specs, replicas, gpu=self.device.type != "cpu", rates=engine["rates"])
-            plan = plan_group(planned, self.rank)
-            self.plans.append(plan)
-            start = stop
+            self.plans.append(plan_group(planned, self.rank))
         pager = self._make_pager(engine)
-        start = 0
-        for plan in self.plans:
-            stop = start + len(plan.specs)
-            windows = [make_window(param, spec) for param, spec in zip(self.params[start:stop], plan.specs)]
+        for plan, span in zip(self.plans, self.spans):
+            windows = [make_window(param, spec) for param, spec in zip(self.params[span], plan.specs)]
             make = BoundElementwise if plan.elementwise else BoundGroup
             self.groups.append(make(plan, windows, self.domains, self.device, pager))
-            start = stop
         stepped = [(plan.rule, group.units) for plan, group in zip(self.plans, self.groups) if plan.elementwise]
         agree_on_kernels(stepped, self.union, self.device)
         self._parted = {
@@ -190,10 +186,7 @@ class Bound:
 
     def load(self, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
         """See Optimizer.load_state_dict."""
-        names, start = [], 0
-        for group in groups:
-            names.append(self.names[start : start + len(group["params"])])
-            start += len(group["params"])
+        names = [self.names[span] for span in self.spans]
         saved = {**saved, "param_groups": strip_groups(saved["param_groups"])}
         load_state_dict(groups, names, self.faces, self.counters, saved)
 
@@ -239,7 +232,7 @@ class Bound:
             f"{name}|{layout.shape}|{layout.describe()}|{param.dtype}"
             for name, layout, param in zip(self.names, layouts, self.params)
         ]
-        words += self._settings.words()
+        words += self.settings.words()
         return [*words, "options: " + jsonable({k: v for k, v in engine.items() if not k.endswith("_group")})]
 
     def still_holds(self, groups: list[dict[str, Any]]) -> bool:
@@ -258,19 +251,19 @@ class Bound:
         idle: bool = False,
     ) -> Verdict:
         """Verdict, then mutation; see Optimizer.step. With `idle` the first step may be without any gradient."""
-        grads = [param.grad for param in self.params]
+        grads = list(map(GRAD, self.params))
         present = [grad is not None for grad in grads]
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
         squares: list[tuple[float, float]] = []
         error: ValueError | None = None
         rules: list[Rule] = []
         try:
-            rules = self.rules(groups, grads)
-            for group, lacking in zip(self.groups, self._lacking(present)):
+            rules = self.settings.rules(groups, self.plans)
+            for group, span in zip(self.groups, self.spans):
                 alarm = group.alarm()
                 if alarm is not None:
                     raise ValueError(alarm)
-                group.collect(lacking)
+                group.collect(grads[span])
                 if checked and not found_inf:
                     squares += [(found, holders / self.union.size) for found, holders in group.squares()]
         except ValueError as refused:
@@ -314,10 +307,10 @@ class Bound:
         stepped: list[BoundGroup | BoundElementwise] = []
         # Groups whose rule sums over the whole optimizer wait for each other.
         together: dict[type[Rule], tuple[list[Run], list[tuple[str, int]], list[BoundGroup]]] = {}
-        start = 0
-        for group, rule, counters in zip(self.groups, rules, self.counters):
-            inert = {i for i in range(len(group.windows)) if start + i in verdict.inert} if verdict.inert else set()
-            start += len(group.windows)
+        for group, rule, counters, span in zip(self.groups, rules, self.counters, self.spans):
+            inert = (
+                {i - span.start for i in range(span.start, span.stop) if i in verdict.inert} if verdict.inert else set()
+            )
             if len(inert) == len(group.windows):
                 continue
             stepped.append(group)
@@ -345,16 +338,6 @@ class Bound:
             self.gather(group)
         self._note(grads)
         return Verdict(norm, True, verdict.inert, verdict.partial)
-
-    def _lacking(self, present: list[bool]) -> list[set[int]]:
-        """Per group, its parameters without a gradient here."""
-        if all(present):
-            return [set() for _ in self.groups]
-        found, start = [], 0
-        for group in self.groups:
-            found.append({i for i in range(len(group.windows)) if not present[start + i]})
-            start += len(group.windows)
-        return found
 
     def _note(self, grads: list[Tensor | None]) -> None:
         """Remember the first gradient that a step has seen; see `accumulates`."""
@@ -390,7 +373,7 @@ class Bound:
         """Step a group of one parameter. No verdict: that is the caller's."""
         group, counters, rule = self.groups[number], self.counters[number], group_rule(groups[number])
         self.plans[number].storage.seed = groups[number]["rounding_seed"]
-        group.collect(set())
+        group.collect([group.windows[0].param.grad])
         if scale != 1.0:
             group.scale(scale)
         if maximize:
@@ -412,14 +395,3 @@ class Bound:
         if work is not None:
             work.wait()
         return partial
-
-    def rules(self, groups: list[dict[str, Any]], grads: list[Tensor | None]) -> list[Rule]:
-        """The rules with their present hyperparameters.
-
-        Raises:
-            ValueError: one out of range, or one that was changed though states depend on it; a sparse gradient.
-        """
-        if {grad.layout for grad in grads if grad is not None} - {torch.strided}:
-            name = next(n for n, g in zip(self.names, grads) if g is not None and g.layout is not torch.strided)
-            raise ValueError(f"{name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it")
-        return self._settings.rules(groups, self.plans)

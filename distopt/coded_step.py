@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from distopt.kernels.jobs import CodedKernel
-from distopt.layouts import local_tensor
 from distopt.plan.tiles import SMALL
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
 from distopt.state.codecs import FP32
 from distopt.state.coded import Agreed, Span
 from distopt.state.fused import Fused
+from distopt.state.lying import Lying
 from distopt.state.noise import Key
 from distopt.state.units import Section, Unit, Units
 
@@ -48,7 +48,7 @@ class _Flat:
         exact = fused and _is_plain(unit)
         self.alone = len(unit.members) == 1 and not (exact and unit.tiles.numel < SMALL)
         weights = [window.weight() for window in unit.windows]
-        given = [grads[i] for i in unit.members]
+        given = [grads[i].view(-1) for i in unit.members]
         if self.alone:
             self.weight, self.grad = weights[0], given[0]
         else:
@@ -114,7 +114,7 @@ class _Guest(_Flat):
         pieces = [(i, piece) for i, piece in pieces if piece.stop > piece.start]
         self.homes = [(weights[i][piece], i in inert) for i, piece in pieces]
         self.weight = _copied([home for home, _ in self.homes])
-        self.grad = _copied([grads[i][piece] for i, piece in pieces])
+        self.grad = _copied([grads[i].view(-1)[piece] for i, piece in pieces])
         self._plain = fused and _is_plain(unit)
         self._copied = None
         if self.homes and self.homes[0][0].is_cuda:
@@ -231,14 +231,15 @@ def step_units(
     scalars: dict[str, Tensor],
     observed: str | None = None,
     exact: Exact | None = None,
+    lying: Lying | None = None,
 ) -> None:
-    """Step every unit with these gradients (flat, by parameter number), or feed them to the rule as what is `observed`;
+    """Step every unit with these gradients (contiguous, by parameter number), or feed them to the rule as what is `observed`;
     members that are `inert` are left alone, and so are the states of the group, `scalars`. `exact` is the kernel for
-    weights, gradients and states that are all fp32."""
+    weights, gradients and states that are all fp32; `lying` knows where weights and gradients lie."""
     h = step_values(rule, step, Shape(1, 1, 1), gpu)
     stepping = [unit for unit in units.units if not inert.issuperset(unit.members)]
     keys = partial(Key, units.plan.storage.seed, step)
-    kernels = Fused(rule, h, grads, inert, keys, units.allowed) if observed is None else None
+    kernels = Fused(rule, h, grads, inert, keys, units.allowed, lying) if observed is None else None
     coded = [unit for unit in stepping if not _is_plain(unit)]
     fused = {id(unit): kernel for unit in coded if kernels and (kernel := kernels.find(unit))}
     exact = exact if observed is None else None
@@ -273,7 +274,7 @@ def step_units(
         # A kernel writes to addresses: what was saved of these weights for a backward pass is another number now.
         written = [unit for unit in stepping if id(unit) in fused and not unit.hosted]
         torch.autograd.graph.increment_version(
-            [local_tensor(w.param) for unit in written for i, w in zip(unit.members, unit.windows) if i not in inert]
+            [w.raw for unit in written for i, w in zip(unit.members, unit.windows) if i not in inert]
         )
     for unit, section, guest in visits(hosted, write=True):
         taken.take(unit, section, guest, known(unit, section))

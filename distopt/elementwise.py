@@ -7,6 +7,7 @@ where the table has one, else by the rule's text in chunks that stay in cache.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,15 +19,17 @@ from distopt.coded_step import step_units
 from distopt.comm.groups import Domain, Domains
 from distopt.kernels import LANES, fused_kernel
 from distopt.kernels.exact import exact_kernel
+from distopt.kernels.native import build_many
 from distopt.layouts import local_tensor
 from distopt.plan.buckets import GroupPlan
 from distopt.plan.tiles import CHUNK, SMALL
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, State, StateView
+from distopt.state.lying import MANY, Lying, make_lying
 from distopt.state.pages.pager import Pager
-from distopt.state.placed import MANY, Placed
+from distopt.state.placed import Placed
 from distopt.state.units import Unit, Units
-from distopt.state.windows import Window, initial, scaled
+from distopt.state.windows import Window, initial, refuse_sparse, scaled
 from distopt.verdict import square_sums
 
 
@@ -72,6 +75,8 @@ class BoundElementwise:
         self.large = [i for i in exact if windows[i].numel >= SMALL]
         packed = sum(windows[i].numel for i in self.small)
         self.padded = -(-packed // LANES) * LANES
+        self.lying = make_lying(windows)
+        self._found: Lying | None = None  # where all gradients lie that were last collected, if that is known
         self._simple = {i for i, window in enumerate(windows) if window.plain}
         self.weights = torch.zeros(self.padded, device=device)
         self.grads = torch.zeros(self.padded, device=device)
@@ -99,7 +104,7 @@ class BoundElementwise:
 
     def _place(self, numbers: list[int], states: dict[str, State]) -> Placed | None:
         """Make the states of what a compiled kernel steps where it is, if there are enough of these parameters."""
-        kernel = exact_kernel(self.plan.rule) if len(numbers) >= MANY and not self.gpu else None
+        kernel = exact_kernel(self.plan.rule) if len(numbers) >= MANY and not self.gpu and build_many() else None
         if kernel is None:
             return None
         windows = [self.windows[i] for i in numbers]
@@ -118,44 +123,51 @@ class BoundElementwise:
         parts = slab.split([self.windows[i].numel for i in self.small])
         return [part.view(self.windows[i].raw_shape()) for i, part in zip(self.small, parts)]
 
-    def collect(self, missing: set[int]) -> None:
-        """Find the gradients; missing ones are zero.
+    def collect(self, grads: list[Tensor | None]) -> None:
+        """Take the gradients; missing ones, None, are zero.
 
         Raises:
-            ValueError: a parameter is no longer what was bound.
+            ValueError: a parameter is no longer what was bound, or has a sparse gradient.
         """
         self._factor = 1.0
+        self._found = self.lying if self.lying is not None and self.lying.find(grads) else None
+        if self._found is None:
+            refuse_sparse(self.windows, grads)
         if self.placed is not None:
-            self.placed.collect(missing)
-        if self._packs_plainly() and not missing:
-            assert self._plain is not None
-            self._pack([param.grad for param in self._plain], self.grads)  # type: ignore[misc]
+            self.placed.collect(grads, self._found)
+        small = [grads[i] for i in self.small]
+        present = [k for k, grad in enumerate(small) if grad is not None]
+        if self._packs_plainly() and len(present) == len(small):
+            self._pack(small, self.grads)  # type: ignore[arg-type]
         else:
-            present = [k for k, i in enumerate(self.small) if i not in missing]
             if present:
                 torch._foreach_copy_(
                     [self._grad_views[k] for k in present], [self.windows[self.small[k]].raw_grad() for k in present]
                 )
-            for k, i in enumerate(self.small):
-                if i in missing:
-                    self._grad_views[k].zero_()
+            for view, grad in zip(self._grad_views, small):
+                if grad is None:
+                    view.zero_()
         self._large_grads: dict[int, Tensor] = {}
+        if self._found is not None:
+            self._large_grads = {i: grads[i] for i in self._alone}  # type: ignore[misc]
+            return
         for i, numel in self._alone.items():
-            window = self.windows[i]
+            window, grad = self.windows[i], grads[i]
             local = local_tensor(window.param)
             if local.numel() != numel or local.is_cpu is self.gpu:
                 window.check(local.numel(), numel, self.device.type)
-            grad = None if i in missing else window.param.grad
             if grad is not None and not (i in self._simple and grad.is_contiguous()):
                 grad = window.grad()
             if grad is None:
                 grad = torch.zeros(window.numel, device=self.device)
             elif grad.numel() != window.numel:
                 window.check(grad.numel(), window.numel, self.device.type)
-            self._large_grads[i] = grad if grad.ndim == 1 else grad.view(-1)  # a view costs more than all else here
+            self._large_grads[i] = grad
 
     def squares(self) -> list[tuple[float, int]]:
         """Sums of squares of the gradients last collected, with the number of ranks that hold one copy."""
+        if self._found is not None and self._found.wide:
+            return self._found.squares()
         slabs = [self.grads[start:stop] for start, stop, _ in self._segments]
         holders = [self.windows[i].holders for i in self._large_grads] + [copies for _, _, copies in self._segments]
         found = list(zip(square_sums([*self._large_grads.values(), *slabs]), holders))
@@ -178,14 +190,20 @@ class BoundElementwise:
         if self.placed is not None:
             self.placed.scale(factor)
         torch.mul(self.grads, factor, out=self.grads)
-        self._large_grads = dict(zip(self._large_grads, scaled(list(self._large_grads.values()), factor)))
+        self._take(scaled(list(self._large_grads.values()), factor))
         self._return_grads()
 
     def negate(self) -> None:
         """Turn the gradients last collected around; those of the parameters stay as they are."""
         self._factor = -self._factor
         self.grads.neg_()
-        self._large_grads = {i: -grad for i, grad in self._large_grads.items()}
+        self._take([-grad for grad in self._large_grads.values()])
+
+    def _take(self, grads: list[Tensor]) -> None:
+        """Go on with these gradients of what is stepped alone."""
+        if any(map(operator.is_not, grads, self._large_grads.values())):
+            self._found = None
+        self._large_grads = dict(zip(self._large_grads, grads))
 
     def step(self, rule: Rule, step: int, inert: set[int], union: Domain, *, final: bool) -> None:
         """Step every parameter with the gradients last collected; `inert` ones are left alone. The states of the group
@@ -210,7 +228,7 @@ class BoundElementwise:
                 torch._foreach_copy_(self._weight_views, views)
             parts.append(Part(self.weights, self.grads, self.slabs))
         for i in large:
-            parts.append(Part(weights[i], self._large_grads[i], self.windows[i].state))
+            parts.append(Part(weights[i], self._large_grads[i].view(-1), self.windows[i].state))
         if left is not None:
             parts += [Part(*found) for found in left.parts(inert, self._factor)]
         fused = [p for p in parts if kernel is not None and p.weight.dtype == p.grad.dtype == torch.float32]
@@ -239,7 +257,9 @@ class BoundElementwise:
                 kernel(rule, step, *lists)
 
         stepped = exact if kernel is not None else None
-        step_units(self.units, rule, step, inert, self._large_grads, self.gpu, self.scalars, exact=stepped)
+        step_units(
+            self.units, rule, step, inert, self._large_grads, self.gpu, self.scalars, exact=stepped, lying=self._found
+        )
         if self.scalars and final:
             nothing = torch.empty(0, device=self.device)
             view = StateView({**dict.fromkeys(self.slabs, nothing), **self.scalars})
@@ -259,7 +279,7 @@ class BoundElementwise:
     def observe(self, rule: Rule, name: str, step: int, values: list[Tensor] | None, inert: set[int]) -> None:
         """Feed what was last collected to the rule as an observation; `inert` parameters keep their states."""
         assert values is None, "an elementwise rule observes what is collected as gradients are"
-        parts = [(self._large_grads[i], self.windows[i].state) for i in self.large if i not in inert]
+        parts = [(self._large_grads[i].view(-1), self.windows[i].state) for i in self.large if i not in inert]
         saved = self._saved(inert)
         for grad, states in [*parts, (self.grads, self.slabs)]:
             self._run(rule, step, Part(grad, grad, states), name)

@@ -21,7 +21,7 @@ from distopt.state.coded import Coded
 from distopt.state.pages.pager import Pager
 from distopt.state.sections import Paged
 from distopt.state.units import Unit, Units
-from distopt.state.windows import Slabs, Window, scaled, store_maker
+from distopt.state.windows import Slabs, Window, refuse_sparse, scaled, store_maker
 from distopt.state.working import Working
 from distopt.verdict import square_sums
 
@@ -96,11 +96,16 @@ class BoundGroup:
                 units.append(Unit(self.plan, self.windows, [number], lying, domains[layout.ranks], pager))
         return units
 
-    def collect(self, missing: set[int]) -> None:
-        """Find the gradients, flat; missing ones are zero."""
+    def collect(self, grads: list[Tensor | None]) -> None:
+        """Take the gradients, flat; missing ones, None, are zero.
+
+        Raises:
+            ValueError: a sparse gradient.
+        """
+        refuse_sparse(self.windows, grads)
         self._grads = []
-        for i, window in enumerate(self.windows):
-            grad = None if i in missing else window.grad()
+        for window, given in zip(self.windows, grads):
+            grad = None if given is None else window.grad()
             self._grads.append(torch.zeros(window.numel, device=self.device) if grad is None else grad)
 
     def squares(self) -> list[tuple[float, int]]:

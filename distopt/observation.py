@@ -28,24 +28,23 @@ def observe(
     like = kinds[name] == "like"
     takes = [name in plan.rule.observes for plan in bound.plans for _ in plan.specs]
     found: list[Tensor | None] = [p.grad if like and take else None for p, take in zip(bound.params, takes)]
+    squares: list[tuple[float, float]] = []
     error: ValueError | None = None
     try:
-        rules = bound.rules(groups, found)
+        rules = bound.settings.rules(groups, bound.plans)
         if like and values is not None:
             raise ValueError(f"{name!r} is read from .grad, where a backward pass has left it; give no values")
-        if not like:
+        if like:
+            for group, span in zip(bound.groups, bound.spans):
+                if takes[span.start]:
+                    group.collect(found[span])
+                    squares += group.squares()
+        else:
             found = _rows(bound, name, takes, values or {})
+            squares = [(square_sum(value), 1) for value in found if value is not None]
     except ValueError as refused:
         error, found = refused, [None] * len(takes)
     present = [value is not None for value in found]
-    squares = [] if like else [(square_sum(value), 1) for value in found if value is not None]
-    spans, stop = [], 0
-    for group in bound.groups:
-        start, stop = stop, stop + len(group.windows)
-        spans.append(slice(start, stop))
-        if like and takes[start]:
-            group.collect({i for i, there in enumerate(present[start:stop]) if not there})
-            squares += group.squares()
     union = bound.union
     verdict = reach_verdict(squares, present, bound.holds, union, union, bound.device, error=error)
     if verdict.partial and engine["missing_grad"] == "raise":
@@ -60,7 +59,7 @@ def observe(
             )
         return False
     rows = None if like else _largest(bound, takes, found)
-    for group, rule, counters, span in zip(bound.groups, rules, bound.counters, spans):
+    for group, rule, counters, span in zip(bound.groups, rules, bound.counters, bound.spans):
         if not takes[span.start]:
             continue
         if like and engine["maximize"]:

@@ -33,12 +33,12 @@ class Verdict:
 
 
 def square_sum(flat: Tensor) -> float:
-    """Sum of squares of a flat tensor; inf or nan where an element is, exact in range where squares overflow fp32."""
+    """Sum of squares of a contiguous tensor; inf or nan where an element is, exact in range where squares overflow fp32."""
     return square_sums([flat])[0]
 
 
 def square_sums(flats: Sequence[Tensor]) -> list[float]:
-    """Of several tensors of one device; it is waited for once."""
+    """Of several contiguous tensors of one device; it is waited for once."""
     if flats and not flats[0].is_cpu:
         return on_device(flats).tolist()
     return [_on_host(flat) for flat in flats]
@@ -50,11 +50,10 @@ def on_device(flats: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(flat, dtype=torch.float64) for flat in wide]).square()
 
 
-def _on_host(flat: Tensor) -> float:
-    if flat.numel() == 0:
+def _on_host(tensor: Tensor) -> float:
+    if tensor.numel() == 0:
         return 0.0
-    if flat.dtype != torch.float32:
-        flat = flat.float()
+    flat = tensor.float().view(-1)
     values = [torch.dot(part, part).item() for part in flat.split(SLICE)]
     total = math.fsum(values) if all(map(math.isfinite, values)) else math.inf
     return total if math.isfinite(total) else torch.linalg.vector_norm(flat, dtype=torch.float64).item() ** 2

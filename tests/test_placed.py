@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import distopt
 from distopt.kernels import native
 from distopt.state import placed
+from distopt.state.lying import MANY
 
 pytestmark = pytest.mark.skipif(native.build("Lion", ("Fp32",)) is None, reason="needs a C++ compiler")
 
@@ -87,12 +88,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 
 def test_large_and_small_gradients_have_an_exact_norm() -> None:
     for scale in (1e25, 1e-15):
-        params = [nn.Parameter(torch.zeros(100)) for _ in range(placed.MANY)]
+        params = [nn.Parameter(torch.zeros(100)) for _ in range(MANY)]
         built = distopt.AdamW([(f"p{i}", p) for i, p in enumerate(params)], lr=1e-3)
         for param in params:
             param.grad = torch.full((100,), scale)
         built.step()
-        assert built.last_grad_norm == pytest.approx(scale * (100 * placed.MANY) ** 0.5, rel=1e-6, abs=0)
+        assert built.last_grad_norm == pytest.approx(scale * (100 * MANY) ** 0.5, rel=1e-6, abs=0)
 
 
 def test_a_parameter_whose_storage_was_exchanged_is_refused_before_anything_changes() -> None:
@@ -110,7 +111,7 @@ def test_a_parameter_whose_storage_was_exchanged_is_refused_before_anything_chan
     assert not torch.equal(first.detach(), before) and bool((last != 1).all())
 
 
-def many(shape: tuple[int, ...], rule: str = "AdamW", *, count: int = placed.MANY, **options: Any) -> tuple[Any, Any]:
+def many(shape: tuple[int, ...], rule: str = "AdamW", *, count: int = MANY, **options: Any) -> tuple[Any, Any]:
     """Parameters of a shape, with gradients, and an optimizer of them."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(count)]
@@ -222,7 +223,7 @@ def test_any_number_of_threads_finds_the_same_norm() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            _, built = many((100, 101), count=placed.MANY + 1)
+            _, built = many((100, 101), count=MANY + 1)
             built.step()
             found.add(built.last_grad_norm)
     finally:

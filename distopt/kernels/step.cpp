@@ -10,12 +10,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
-#include <vector>
+
+#include "threads.h"
 
 constexpr int BLOCK = 128;
 constexpr float FLOOR = 0x1p-90f;
-constexpr int64_t ELEMENTS_PER_THREAD = 1 << 17;
 constexpr int FACTOR = 7;  // the scalar that gradients are multiplied by
 
 static inline int32_t bits_of(float x) { int32_t b; std::memcpy(&b, &x, 4); return b; }
@@ -329,17 +328,6 @@ static void run(const Job& job, int64_t first, int64_t last, const float* s, boo
     }
 }
 
-// Calls work(k) for k = 0 … threads - 1, with fewer threads for few elements, each on one of its own; returns their number.
-template <class Work>
-static int64_t shared_out(int64_t elements, int threads, Work work) {
-    int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, elements / ELEMENTS_PER_THREAD));
-    std::vector<std::thread> others;
-    for (int64_t k = 1; k < workers; ++k) others.emplace_back(work, k, workers);
-    work(0, workers);
-    for (auto& other : others) other.join();
-    return workers;
-}
-
 static int64_t elements(const Job* jobs, int64_t count) {
     int64_t total = 0;
     for (int64_t j = 0; j < count; ++j) total += jobs[j].numel;
@@ -362,45 +350,4 @@ extern "C" void step(const Job* jobs, int64_t count, const float* scalars, int t
             step_tiles(jobs[j], tile(from), tile(to), scalars, look);
         }
     });
-}
-
-// Elements whose squares are added in fp32, side by side in LANES sums, before they are added in fp64.
-constexpr int64_t SLICE = 4096, LANES = 64;
-
-static double squares_of(const float* x, int64_t n) {
-    int64_t whole = n / LANES * LANES;
-    float sums[LANES] = {};
-    for (int64_t i = 0; i < whole; i += LANES)
-        for (int k = 0; k < LANES; ++k) sums[k] = std::fma(x[i + k], x[i + k], sums[k]);
-    double sum = 0;
-    for (int k = 0; k < LANES; ++k) sum += sums[k];
-    for (int64_t i = whole; i < n; ++i) sum += double(x[i]) * x[i];
-    if (!std::isfinite(sum)) {  // a square may be beyond fp32 where its number is not
-        sum = 0;
-        for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * x[i];
-    }
-    return sum;
-}
-
-// Sums of squares of the gradients, fp32, of `count` jobs: of slices, added up in their order whatever the threads.
-extern "C" void squares(const Job* jobs, int64_t count, int threads, double* found) {
-    int64_t slices = 0;
-    for (int64_t j = 0; j < count; ++j) slices += (jobs[j].numel + SLICE - 1) / SLICE;
-    std::vector<double> sums(slices);
-    shared_out(elements(jobs, count), threads, [=, &sums](int64_t k, int64_t workers) {
-        int64_t from = slices * k / workers, to = slices * (k + 1) / workers, slice = 0;
-        for (int64_t j = 0; j < count && slice < to; ++j) {
-            auto grad = static_cast<const float*>(jobs[j].grad);
-            int64_t first = slice;
-            slice += (jobs[j].numel + SLICE - 1) / SLICE;
-            for (int64_t i = std::max(from, first); i < std::min(to, slice); ++i) {
-                int64_t start = (i - first) * SLICE;
-                sums[i] = squares_of(grad + start, std::min(SLICE, jobs[j].numel - start));
-            }
-        }
-    });
-    for (int64_t j = 0, slice = 0; j < count; ++j) {
-        found[j] = 0;
-        for (int64_t start = 0; start < jobs[j].numel; start += SLICE) found[j] += sums[slice++];
-    }
 }

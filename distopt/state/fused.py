@@ -35,6 +35,7 @@ from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
 from distopt.state.codecs.base import FLOOR, Codec
 from distopt.state.coded import Agreed, Coded
+from distopt.state.lying import Lying
 from distopt.state.master import Master
 from distopt.state.noise import Key
 from distopt.state.units import Section, Unit, Units
@@ -44,7 +45,8 @@ Stepped = tuple[str, tuple[Codec, ...], torch.dtype, Master | None]
 
 
 class Fused:
-    """Kernels for the units of one step of a group; compiled ones only if they are `allowed` (None: all are)."""
+    """Kernels for the units of one step of a group; compiled ones only if they are `allowed` (None: all are). `lying` knows where
+    weights and gradients lie."""
 
     def __init__(
         self,
@@ -54,7 +56,9 @@ class Fused:
         inert: set[int],
         keys: Callable[[str], Key],
         allowed: frozenset[Stepped] | None = None,
+        lying: Lying | None = None,
     ) -> None:
+        self.lying = lying
         self.told, self.grads, self.inert, self.keys, self.allowed = told(rule, h), dict(grads), inert, keys, allowed
         self.weights: dict[int, Tensor] = {}
         self._grad_dtypes: dict[int, torch.dtype] = {}
@@ -66,7 +70,9 @@ class Fused:
         if stepped is None:
             return None
         name, codecs, weight, master = stepped
-        dtypes = {self.grads[i].dtype for i in unit.members if i not in self.inert}
+        dtypes = {weight}
+        if self.lying is None:
+            dtypes = {self.grads[i].dtype for i in unit.members if i not in self.inert}
         if len(dtypes) > 1:  # what is missing here and not elsewhere counts as zeros, which are fp32
             self.grads |= {i: self.grads[i].float() for i in unit.members}
             dtypes = {torch.float32}
@@ -145,8 +151,9 @@ class Fused:
             rows[:, WEIGHT] = weight.data_ptr() + before * weight.element_size()
             rows[:, GRAD] = grad.data_ptr() + before * grad.element_size()
         else:
-            rows[:, WEIGHT] += [address for unit, _, _ in parts for address in self._weights(unit)]
-            rows[:, GRAD] = rows[:, GRAD] * dtype.itemsize + [self.grads[number].data_ptr() for number in numbers]
+            weights, grads = self._addresses([unit for unit, _, _ in parts], numbers)
+            rows[:, WEIGHT] += weights
+            rows[:, GRAD] = rows[:, GRAD] * dtype.itemsize + grads
         for place, name in enumerate(self.told.states):
             if section.stores[name].firsts is not None:
                 rows[:, KEYS + place] = self.keys(name).start
@@ -197,17 +204,14 @@ class Fused:
             section.rows = rows
         return rows
 
-    def _weights(self, unit: Unit) -> list[int]:
-        """The addresses of the weights of its members."""
-        found = []
-        for number, window in zip(unit.members, unit.windows):
-            if window.plain:
-                found.append(window.param.data_ptr())
-                continue
+    def _addresses(self, units: list[Unit], numbers: list[int]) -> tuple[Any, Any]:
+        """Where the weights and the gradients of their members, `numbers`, lie."""
+        if self.lying is not None:
+            return self.lying.weights[numbers], self.lying.grads[numbers]
+        for number, window in ((n, w) for unit in units for n, w in zip(unit.members, unit.windows)):
             if number not in self.weights:  # asked again, a window that is not contiguous would give another copy
-                self.weights[number] = window.weight()
-            found.append(self.weights[number].data_ptr())
-        return found
+                self.weights[number] = window.param if window.plain else window.weight()
+        return [self.weights[n].data_ptr() for n in numbers], [self.grads[n].data_ptr() for n in numbers]
 
 
 def _device(section: Section) -> torch.device:

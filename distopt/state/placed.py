@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import compress
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,8 @@ from distopt.kernels.native import Kernel
 from distopt.layouts import local_tensor
 from distopt.plan.tiles import BLOCK
 from distopt.rule import Rule
+from distopt.state.lying import Lying, squares
 from distopt.state.windows import Window
-
-MANY = 64
-"""Parameters of a group from which a compiled kernel is worth building: below, torch's fused one costs as little."""
-
-IS_CPU, DTYPE = attrgetter("is_cpu"), attrgetter("dtype")
 
 
 class Placed:
@@ -40,34 +35,21 @@ class Placed:
         self._states = [[window.state[name] for window in windows] for name in states]
         self._find_states()
         self._local = [local_tensor(param).numel() for param in self.params]
-        self._simple = all(window.simple for window in windows)
 
-    def collect(self, missing: set[int]) -> None:
-        """Find the gradients; missing ones are zero.
+    def collect(self, grads: list[Tensor | None], lying: Lying | None) -> None:
+        """Take the gradients; those that are None are zeros. `lying`: where all of the group lie, if that is known.
 
         Raises:
             ValueError: a parameter has another size, or lies elsewhere, than when it was bound, or has no memory.
         """
-        grads: list[Any] = [param.grad for param in self.params]
-        weights = self.params
-        self._direct = self._simple and self._as_bound(self.params) and all(map(IS_CPU, self.params))
-        if not self._direct:
-            weights = list(map(local_tensor, self.params))
-            for window, weight, numel in zip(self.windows, weights, self._local):
-                window.check(weight.numel(), numel, "cpu")
-        known = self._direct and not missing and set(map(DTYPE, grads)) == {torch.float32}
-        self._known = known and self._as_bound(grads)
-        if not self._known:
-            grads = [self._flat(number, window, missing) for number, window in zip(self.numbers, self.windows)]
-        self._grads: list[Tensor] = grads
-        self.rows[:, GRAD] = list(map(Tensor.data_ptr, grads))
-        self.rows[:, WEIGHT] = list(map(Tensor.data_ptr, weights))
-        used = self.rows[:, NUMEL] > 0
-        for column in (GRAD, WEIGHT):
-            if not self.rows[used, column].all():
-                name = next(w.spec.name for w, row in zip(self.windows, self.rows) if row[NUMEL] and not row[column])
-                what = "the gradient of " if column == GRAD else ""
-                raise ValueError(f"{what}{name!r} has no memory now; was its storage freed?")
+        found: list[Any] = [grads[number] for number in self.numbers]
+        self._direct = lying is not None
+        if lying is not None:
+            self.rows[:, GRAD], self.rows[:, WEIGHT] = lying.grads[self.numbers], lying.weights[self.numbers]
+        else:
+            found = [self._flat(*each) for each in zip(self.windows, self._local, found)]
+            self.rows[:, GRAD] = list(map(Tensor.data_ptr, found))
+        self._grads: list[Tensor] = found
 
     def _find_states(self) -> None:
         """Note where states lie. Whoever shares them with other processes moves them."""
@@ -77,12 +59,13 @@ class Placed:
         for place, states in enumerate(self._states):
             self.rows[:, STATES + 3 * place] = list(map(Tensor.data_ptr, states))
 
-    def _as_bound(self, tensors: list[Any]) -> bool:
-        """Whether these are as many elements, in order, as were bound."""
-        return list(map(Tensor.numel, tensors)) == self.sizes and all(map(Tensor.is_contiguous, tensors))
-
-    def _flat(self, number: int, window: Window, missing: set[int]) -> Tensor:
-        grad = None if number in missing else window.grad()
+    def _flat(self, window: Window, numel: int, given: Tensor | None) -> Tensor:
+        """The gradient of a window, whose parameter has `numel` elements here."""
+        for tensor, what in ((window.param, ""), (given, "the gradient of ")):
+            if tensor is not None and local_tensor(tensor).numel() and not local_tensor(tensor).data_ptr():
+                raise ValueError(f"{what}{window.spec.name!r} has no memory now; was its storage freed?")
+        window.check(local_tensor(window.param).numel(), numel, "cpu")
+        grad = None if given is None else window.grad()
         if grad is None:
             return torch.zeros(window.numel, device="cpu", dtype=torch.float32)
         window.check(grad.numel(), window.numel, "cpu")
@@ -91,14 +74,13 @@ class Placed:
     def scale(self, factor: float) -> None:
         """Multiply the gradients last collected, and those of the parameters."""
         torch._foreach_mul_(self._grads, factor)
-        if not self._known:
+        if not self._direct:
             for window, grad in zip(self.windows, self._grads):
                 window.set_grad(grad)
 
     def squares(self) -> list[tuple[float, int]]:
         """Sums of squares of the gradients last collected, with the number of ranks that hold one copy."""
-        found = self.kernel.squares(self.rows)
-        return [(float(found[self.holders == count].sum()), int(count)) for count in np.unique(self.holders)]
+        return squares(self.rows[:, GRAD].copy(), self.rows[:, NUMEL].copy(), self.holders)
 
     def step(self, rule: Rule, h: Any, inert: set[int], factor: float) -> bool:
         """Step all that are not `inert`, with the gradients last collected times `factor`. False, and nothing is done, where
@@ -117,8 +99,8 @@ class Placed:
             stepping = [number not in inert for number in self.numbers]
             rows, weights = rows[stepping], list(compress(weights, stepping))
         if len(rows):
+            torch.autograd.graph.increment_version(weights)  # what was saved for a backward pass is another number soon
             kernel(Table(rows, False, torch.device("cpu")), known.scalars, False, factor)
-            torch.autograd.graph.increment_version(weights)  # what was saved for a backward pass is another number now
         if not self._direct:
             self.finish()
         return True

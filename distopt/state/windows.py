@@ -50,9 +50,14 @@ class Window:
         return len(self.spec.layout.ranks)
 
     @property
+    def raw(self) -> Tensor:
+        """What of the parameter is stored here, as autograd knows it."""
+        return _raw(self.param)
+
+    @property
     def whole(self) -> bool:
         """Whether the window is all of the local storage."""
-        return self.numel == _raw(self.param).numel()
+        return self.numel == self.raw.numel()
 
     @property
     def plain(self) -> bool:
@@ -78,16 +83,16 @@ class Window:
     def raw_shape(self) -> tuple[int, ...]:
         """Shape of `raw_weight` and `raw_grad`: the local shape, or flat for a part of it. What is only copied need not
         be flattened first, which costs more than the copy for small tensors."""
-        return tuple(_raw(self.param).shape) if self.whole else (self.numel,)
+        return tuple(self.raw.shape) if self.whole else (self.numel,)
 
     def raw_weight(self) -> Tensor:
         """The weights in `raw_shape`, for copies under no_grad."""
-        return _raw(self.param) if self.whole else self.weight()
+        return self.raw if self.whole else self.weight()
 
     def raw_grad(self) -> Tensor:
         """The gradient in `raw_shape`; there must be one."""
         grad = self.param.grad
-        if self.whole and grad is not None and not isinstance(grad, DTensor) and not grad.is_sparse:
+        if self.whole and grad is not None and not isinstance(grad, DTensor):
             return grad
         flat = self.grad()
         assert flat is not None
@@ -123,23 +128,23 @@ class Window:
             self._copy = None
 
     def grad(self) -> Tensor | None:
-        """The gradient, flat; None where there is none.
-
-        Raises:
-            ValueError: a sparse gradient.
-        """
+        """The gradient, flat; None where there is none."""
         grad = self.param.grad
         if grad is None:
             return None
-        if grad.is_sparse:
-            raise ValueError(
-                f"{self.spec.name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it"
-            )
         if isinstance(grad, DTensor):
             assert isinstance(self.param, DTensor)
             if grad.placements != self.param.placements:
                 grad = grad.redistribute(placements=self.param.placements)
         return local_tensor(grad).contiguous().view(-1)[self.start : self.stop]
+
+
+def refuse_sparse(windows: list[Window], grads: list[Tensor | None]) -> None:
+    """Raise ValueError if one of the gradients is not a dense tensor."""
+    for window, grad in zip(windows, grads):
+        if grad is not None and grad.layout is not torch.strided:
+            name = window.spec.name
+            raise ValueError(f"{name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it")
 
 
 def scaled(tensors: list[Tensor], factor: float) -> list[Tensor]:

@@ -25,6 +25,7 @@ from distopt.plan.buckets import GroupPlan
 from distopt.plan.tiles import CHUNK, SMALL
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, State, StateView
+from distopt.state.allocation import allocate
 from distopt.state.lying import MANY, Lying, make_lying
 from distopt.state.pages.pager import Pager
 from distopt.state.placed import Placed
@@ -108,15 +109,11 @@ class BoundElementwise:
         if kernel is None:
             return None
         windows = [self.windows[i] for i in numbers]
-        small = [window for window in windows if window.numel < SMALL]
-        sizes = [window.numel for window in small]
+        sizes = [window.numel for window in windows]
         for name, state in states.items():
-            slab = torch.empty(sum(sizes), dtype=torch.float32, device=self.device)
-            for window, part in zip(small, slab.split(sizes)):  # one after the other, as they are read
+            slab = allocate(sum(sizes), torch.float32, self.device)
+            for window, part in zip(windows, slab.split(sizes)):  # one after the other, as they are read
                 window.state[name] = part.copy_(initial(state, window.numel, window.weight, self.device))
-            for window in windows:
-                if window.numel >= SMALL:
-                    window.state[name] = initial(state, window.numel, window.weight, self.device)
         return Placed(kernel, numbers, windows, tuple(states))
 
     def _shaped(self, slab: Tensor) -> list[Tensor]:

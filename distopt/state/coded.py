@@ -14,6 +14,7 @@ from torch import Tensor
 from distopt.comm.groups import Domain
 from distopt.matrix.triangle import pack, unpack
 from distopt.plan.tiles import BLOCK, CHUNK, GPU_CHUNK, Tiles
+from distopt.state.allocation import allocate
 from distopt.state.codecs.base import FLOOR, Codec
 from distopt.state.noise import Key
 
@@ -74,7 +75,7 @@ class Coded:
             self.spans.append(Span(slice(t0, t1), slice(e0, e1), slice(items, items + count)))
             items += count
         self.sizes = items, tiles.count if codec.scaled else 0
-        self.stored = torch.empty(items if lies else 0, dtype=codec.dtype, device=device)
+        self.stored = allocate(items if lies else 0, codec.dtype, device)
         self.scales = torch.empty(self.sizes[1] if lies else 0, device=device)
         self._lengths = None if tiles.lengths is None else torch.from_numpy(tiles.lengths).to(device)
         self._starts = torch.from_numpy(starts).to(device) if starts is not None and codec.stochastic else None

@@ -16,6 +16,7 @@ from distopt.comm.groups import Domain, Domains
 from distopt.plan.buckets import GroupPlan
 from distopt.plan.tiles import join_tiles, local_tiles, shared_tiles, tile_starts
 from distopt.rule import State
+from distopt.state.allocation import allocate
 from distopt.state.codecs import FP32, Codec
 from distopt.state.coded import Agreed, Coded, agree
 from distopt.state.master import Master
@@ -89,7 +90,7 @@ class Unit:
             stores = {n: Coded(c, self.tiles, device, fills.get(n, 0.0), starts) for n, c in codecs.items()}
             self.stores |= stores
             if self.master is not None:
-                self.rest = torch.zeros(self.tiles.numel, dtype=self.master.dtype, device=device)
+                self.rest = allocate(self.tiles.numel, self.master.dtype, device).zero_()
             self.sections = [whole(self.tiles, stores, self.rest, device)]
         if self.master is not None and self.rest is not None:
             weights = torch.cat([window.weight() for window in self.windows])

@@ -16,6 +16,7 @@ from distopt.layouts import Partition, local_tensor
 from distopt.plan.buckets import Bucket, Entry, GroupPlan, Piece, Spec, Stack
 from distopt.plan.tiles import BLOCK, Storage, whole_tiles
 from distopt.rule import Rule, Shape, State
+from distopt.state.allocation import allocate
 from distopt.state.codecs import Codec
 from distopt.state.coded import Coded, Packed
 from distopt.state.pages.pager import Pager
@@ -193,7 +194,7 @@ def initial(state: State, numel: int, weight: Callable[[], Tensor], device: torc
     """A flat state as it starts; `weight` gives the flat weights that it lies like."""
     if state.fill == "weight":
         return weight().to(torch.float32, copy=True)
-    return torch.full((numel,), state.fill, dtype=torch.float32, device=device)
+    return allocate(numel, torch.float32, device).fill_(state.fill)
 
 
 def allocate_stacks(
@@ -280,7 +281,7 @@ def _piece_slab(
     first = stack.pieces[0]
     rows, cols = piece_extent(state, first)
     if all(len(pieces[piece.param]) == 1 for piece in stack.pieces) and stack.rect.dense:
-        slab = torch.empty((len(stack.pieces), rows, cols), device=device)
+        slab = allocate(len(stack.pieces) * rows * cols, torch.float32, device).view(-1, rows, cols)
         for item, piece in zip(slab, stack.pieces):
             window = windows[piece.param]
             window.state[name] = item.view(-1)

@@ -18,6 +18,7 @@ from torch import Tensor
 from distopt.agreement import agree, exchange_flat_ranges, jsonable, known_groups, mesh_ranks, ranks_of
 from distopt.comm.groups import Domains
 from distopt.comm.pipeline import Run, run_in_step
+from distopt.deferred import SKIP, Pending, defers, judge
 from distopt.elementwise import BoundElementwise
 from distopt.engine import BoundGroup
 from distopt.layouts import Partition, layout_of, local_tensor
@@ -121,6 +122,9 @@ class Bound:
         self.faces = [Faces(bound, self.domains) for bound in self.groups]
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.holds = [window.numel > 0 for bound in self.groups for window in bound.windows]
+        paged = any(plan.pages and (plan.hosted or not plan.elementwise) for plan in self.plans)
+        self.defers = defers(self.device, self.union, self.norm) and not paged
+        self._pending: Pending | None = None
         self._positions: dict[int, int] = {}
         self._last_grad: weakref.ref[Tensor] | None = None
         self._last_version = 0
@@ -189,6 +193,7 @@ class Bound:
         names = [self.names[span] for span in self.spans]
         saved = {**saved, "param_groups": strip_groups(saved["param_groups"])}
         load_state_dict(groups, names, self.faces, self.counters, saved)
+        self.watch()
 
     def export(self) -> dict[str, Any]:
         """Everything but hyperparameters, in the format of a state dict; survives another binding."""
@@ -246,38 +251,42 @@ class Bound:
         groups: list[dict[str, Any]],
         engine: dict[str, Any],
         *,
-        grad_scale: float,
-        found_inf: float | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
         idle: bool = False,
-    ) -> Verdict:
-        """Verdict, then mutation; see Optimizer.step. With `idle` the first step may be without any gradient."""
+    ) -> Verdict | None:
+        """Verdict, then mutation; see Optimizer.step. With `idle` the first step may be without any gradient. None: `settle`
+        is to tell the verdict, for which nobody has waited."""
         grads = list(map(GRAD, self.params))
         present = [grad is not None for grad in grads]
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
+        scaler_found = None if found_inf is None or self.defers else float(found_inf)
         squares: list[tuple[float, float]] = []
         error: ValueError | None = None
         rules: list[Rule] = []
         try:
             rules = self.settings.rules(groups, self.plans)
+            if not self.defers:
+                self.watch()
             for group, span in zip(self.groups, self.spans):
                 alarm = group.alarm()
                 if alarm is not None:
                     raise ValueError(alarm)
                 group.collect(grads[span])
-                if checked and not found_inf:
+                if checked and not scaler_found and not self.defers:
                     squares += [(found, holders / self.union.size) for found, holders in group.squares()]
         except ValueError as refused:
             error = refused
             present = [False] * len(present)
         verdict = reach_verdict(
-            squares if checked else None,
+            squares if checked and not self.defers else None,
             present,
             self.holds,
             self.union,
             self.norm,
             self.device,
-            checked=checked,
-            found_inf=found_inf,
+            checked=checked and not self.defers,
+            found_inf=scaler_found,
             error=error,
         )
         if verdict.partial and engine["missing_grad"] == "raise":
@@ -296,27 +305,52 @@ class Bound:
             if engine["nonfinite"] == "raise" and found_inf is None:
                 position = first_nonfinite([w.grad() for g in self.groups for w in g.windows], self.union, self.device)
                 name = f" of {self.names[position]!r}" if position >= 0 else ""
-                raise ValueError(
-                    f"the gradient{name} is not finite; nothing was changed. Pass nonfinite='skip' to skip such steps"
-                )
+                raise ValueError(f"the gradient{name} is not finite; nothing was changed. {SKIP}")
             return verdict
-        norm = None if verdict.norm is None else verdict.norm / grad_scale
-        scale = 1.0 / grad_scale
-        if engine["max_grad_norm"] is not None and norm is not None:
-            scale *= min(1.0, engine["max_grad_norm"] / (norm + 1e-6))
+        if self.defers and (checked or found_inf is not None):
+            sums = [group.found() for group in self.groups] if checked else []
+            judged = judge(sums, grad_scale, found_inf, engine["max_grad_norm"], self.device)
+            reading = judged.reading()
+            if found_inf is not None:  # as the host does where it knows
+                found_inf.copy_(judged.ok.logical_not(), non_blocking=True)
+            counted = self._mutate(engine["maximize"], rules, verdict.inert, judged.factor, judged.ok)
+            raises = engine["nonfinite"] == "raise" and found_inf is None
+            self._pending = Pending(reading, counted, checked, raises)
+            outcome = None
+        else:
+            unit = 1.0 if grad_scale is None else float(grad_scale)
+            norm, scale = None if verdict.norm is None else verdict.norm / unit, 1.0 / unit
+            if engine["max_grad_norm"] is not None and norm is not None:
+                scale *= min(1.0, engine["max_grad_norm"] / (norm + 1e-6))
+            self._mutate(engine["maximize"], rules, verdict.inert, None if scale == 1.0 else scale, None)
+            outcome = Verdict(norm, True, verdict.inert, verdict.partial)
+        if self.defers:
+            self.watch()
+        self._note(grads)
+        return outcome
+
+    def _mutate(
+        self,
+        maximize: bool,
+        rules: list[Rule],
+        resting: frozenset[int],
+        factor: float | Tensor | None,
+        ok: Tensor | None,
+    ) -> list[tuple[Counters, set[int]]]:
+        """Step all groups with their gradients times `factor`, but for parameters that are `resting`, by position; see
+        `put` for `ok`. Returns the counters that went on, with who rested."""
         stepped: list[BoundGroup | BoundElementwise] = []
+        counted: list[tuple[Counters, set[int]]] = []
         # Groups whose rule sums over the whole optimizer wait for each other.
         together: dict[type[Rule], tuple[list[Run], list[tuple[str, int]], list[BoundGroup]]] = {}
         for group, rule, counters, span in zip(self.groups, rules, self.counters, self.spans):
-            inert = (
-                {i - span.start for i in range(span.start, span.stop) if i in verdict.inert} if verdict.inert else set()
-            )
+            inert = {i - span.start for i in range(span.start, span.stop) if i in resting} if resting else set()
             if len(inert) == len(group.windows):
                 continue
             stepped.append(group)
-            if scale != 1.0:
-                group.scale(scale)
-            if engine["maximize"]:
+            if factor is not None:
+                group.scale(factor)
+            if maximize:
                 group.negate()
             cohorts = counters.cohorts(inert)
             for age, others in cohorts:
@@ -325,19 +359,34 @@ class Bound:
                 if barriers:
                     assert isinstance(group, BoundGroup)
                     runs, _, joined = together.setdefault(type(rule), ([], barriers, []))
-                    runs.extend(group.runs(rule, age + 1, others, self.union, final=final))
+                    runs.extend(group.runs(rule, age + 1, others, self.union, final=final, ok=ok))
                     joined.append(group)
                 else:
-                    group.step(rule, age + 1, others, self.union, final=final)
+                    group.step(rule, age + 1, others, self.union, final=final, ok=ok)
             counters.advance(inert)
+            counted.append((counters, inert))
         for runs, barriers, joined in together.values():
             run_in_step(runs, self._total, barriers)
             for group in joined:
-                group.finish()
+                group.finish(ok)
         for group in stepped:
             self.gather(group)
-        self._note(grads)
-        return Verdict(norm, True, verdict.inert, verdict.partial)
+        return counted
+
+    def settle(self) -> Verdict | None:
+        """The verdict of the last step, if nobody has waited for it and nobody has asked yet. Counters of a step that was not
+        taken go back.
+
+        Raises:
+            ValueError: a gradient was not finite, where that is an error. Once; nothing was changed.
+        """
+        pending, self._pending = self._pending, None
+        return pending.settle(self.groups, self.names) if pending is not None else None
+
+    def watch(self) -> None:
+        """Have the numbers on their way that the next step is to know before it begins; after a step, and after loading."""
+        for group in self.groups:
+            group.watch()
 
     def _note(self, grads: list[Tensor | None]) -> None:
         """Remember the first gradient that a step has seen; see `accumulates`."""

@@ -26,6 +26,7 @@ from distopt.plan.tiles import Storage
 from distopt.plan.trace import Ask, Rounds, step_values
 from distopt.rule import Back, Reduction, Rule, Shape, StateView, Step, Through, Whole
 from distopt.state.coded import Coded
+from distopt.state.commit import put
 from distopt.state.noise import Key
 from distopt.state.sections import Paged
 from distopt.state.windows import Slabs, Window, allocate_stacks, no_extent, strided
@@ -90,7 +91,10 @@ class BoundBucket:
             views.append(StateView({**slabs.tensors, **_decoded(slabs), **lying, **before}))
             h = self._values(rule, step, stack.shape, stack.turns)
             weights = {piece.param: working.weight(piece.param) for piece in stack.pieces}
-            runs.append(rule.update(_load(grads, stack), _load(weights, stack), views[-1], h))
+            grad = _load(grads, stack)
+            if working.ok is not None and rule.reach == "matrix":  # solvers may hang on a NaN, or raise
+                grad = torch.where(working.ok, grad, 0.0)
+            runs.append(rule.update(grad, _load(weights, stack), views[-1], h))
         for group, slabs in zip(bucket.owned, self.owned_slabs):
             views.append(StateView({**slabs.tensors, **_decoded(slabs)}))
             nothing = torch.empty((0, group.shape.rows, group.shape.cols), device=self.device)
@@ -122,7 +126,7 @@ class BoundBucket:
         for stack, value in zip(bucket.stacks, values):
             for item, piece in enumerate(stack.pieces):
                 if piece.param not in inert:
-                    _view(working.weight(piece.param), piece.rect).copy_(value[item])
+                    put(_view(working.weight(piece.param), piece.rect), value[item], working.ok)
         yield from self.close(inert, working)
 
     def _values(self, rule: Rule, step: int, shape: Shape, turns: tuple[int, ...] = ()) -> Step:
@@ -255,10 +259,11 @@ class BoundBucket:
         parts = []
         for request, stack in zip(column, self.bucket.stacks):
             kept = [i for i, piece in enumerate(stack.pieces) if piece.param not in inert]
-            parts.append(request.x if len(kept) == len(stack.pieces) else request.x[kept])
+            alone = [request.x] if len(kept) == len(stack.pieces) else [request.x[i : i + 1] for i in kept]
+            parts += [torch.cat(alone)] if len(alone) > 1 else alone  # a list of indices would travel to the device
         parts = [part for part in parts if part.numel()]
         if ask.kind == "max":
-            parts = [part.amax() for part in parts] or [torch.tensor(-torch.inf, device=self.device)]
+            parts = [part.amax() for part in parts] or [torch.full((), -torch.inf, device=self.device)]
             return torch.stack(parts).amax().view(1)
         return (share * sum((part.sum() for part in parts), torch.zeros((), device=self.device))).view(1)
 
@@ -269,9 +274,9 @@ class BoundBucket:
             kept = [piece.param not in inert for piece in stack.pieces]
             for name, new in view.new.items():
                 if name in slabs.coded:
-                    _encode(slabs.coded[name], new, kept, working.key(name))
+                    _encode(slabs.coded[name], new, kept, working.key(name), working.ok)
                 elif name in slabs.tensors:
-                    _write(slabs.tensors[name], new, kept)
+                    _write(slabs.tensors[name], new, kept, working.ok)
                 elif slabs.kinds[name] == "like":
                     for item, (piece, keep) in enumerate(zip(stack.pieces, kept)):
                         if keep:
@@ -280,9 +285,9 @@ class BoundBucket:
             kept = [bucket.entries[number].param not in inert for number in group.entries]
             for name, new in view.new.items():
                 if name in slabs.coded:
-                    _encode(slabs.coded[name], new, kept, working.key(name))
+                    _encode(slabs.coded[name], new, kept, working.key(name), working.ok)
                 elif slabs.kinds[name] == "owner":
-                    _write(slabs.tensors[name], new, kept)
+                    _write(slabs.tensors[name], new, kept, working.ok)
 
 
 def _through_wire(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -302,10 +307,10 @@ def _decoded(slabs: Slabs) -> dict[str, Tensor]:
     return {name: torch.stack([store.matrix() for store in stores]) for name, stores in slabs.coded.items()}
 
 
-def _encode(stores: list[Coded | Paged], new: Tensor, kept: list[bool], key: Key) -> None:
+def _encode(stores: list[Coded | Paged], new: Tensor, kept: list[bool], key: Key, ok: Tensor | None) -> None:
     for store, value, keep in zip(stores, new, kept):
         if keep:
-            store.write(value.reshape(-1), None, key)
+            store.write(value.reshape(-1), None, key, ok)
 
 
 def _load(flats: list[Tensor] | dict[int, Tensor], stack: Stack) -> Tensor:
@@ -323,13 +328,13 @@ def _view(flat: Tensor, rect: Any) -> Tensor:
     )
 
 
-def _write(old: Tensor, new: Tensor, kept: list[bool]) -> None:
+def _write(old: Tensor, new: Tensor, kept: list[bool], ok: Tensor | None) -> None:
     if all(kept) or old.shape[0] != len(kept):
-        old.copy_(new)
+        put(old, new, ok)
         return
     for item, keep in enumerate(kept):
         if keep:
-            old[item].copy_(new[item])
+            put(old[item], new[item], ok)
 
 
 def _normalize(requests: Any) -> tuple[Any, ...]:

@@ -164,6 +164,7 @@ def load(
             group.update(options)
             ages = dict(zip(saved["names"], saved["steps"]))
             counters.assign([ages[names[id(param)]] for param in group["params"]])
+    bound.watch()
     for label, average in (averages or {}).items():
         average.num_updates = reader.document["averages"][label]
     extra: dict[str, Any] = reader.document["extra"]

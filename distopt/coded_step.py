@@ -24,6 +24,7 @@ from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
 from distopt.state.codecs import FP32
 from distopt.state.coded import Agreed, Span
+from distopt.state.commit import put
 from distopt.state.fused import Fused
 from distopt.state.lying import Lying
 from distopt.state.noise import Key
@@ -64,8 +65,8 @@ class _Flat:
             return weight.float()
         return unit.master.join(weight, section.rest[section.within(span)])
 
-    def store(self, section: Section, span: slice, value: Tensor) -> None:
-        """New fp32 weights of a span; members that do not step keep theirs."""
+    def store(self, section: Section, span: slice, value: Tensor, ok: Tensor | None) -> None:
+        """New fp32 weights of a span; members that do not step keep theirs. See `put` for `ok`."""
         unit = self.unit
         if unit.master is not None and section.rest is not None:
             rest, old = section.rest[section.within(span)], None
@@ -73,8 +74,8 @@ class _Flat:
             for part in self.resting(span):
                 old = rest.clone() if old is None else old
                 new[part] = old[part]
-            rest.copy_(new)
-        self.weight[self.at(span)].copy_(value)
+            put(rest, new, ok)
+        put(self.weight[self.at(span)], value, ok)
 
     def at(self, span: slice) -> slice:
         """Where elements of the unit lie here."""
@@ -149,7 +150,7 @@ def _copied(pieces: list[Tensor]) -> Tensor:
 @dataclass
 class _Step:
     """A step of a rule, for section after section: by a kernel of `kernels`, if it was `found` for the unit; by `exact`, if
-    all is fp32; or by the rule's text, which is also fed what is `observed`."""
+    all is fp32; or by the rule's text, which is also fed what is `observed`. See `put` for `ok`."""
 
     rule: Rule
     h: Any
@@ -159,6 +160,7 @@ class _Step:
     scalars: dict[str, Tensor]
     observed: str | None
     exact: Exact | None
+    ok: Tensor | None
 
     def look(self, unit: Unit, section: Section, flat: _Flat | None, maxima: dict[str, Tensor]) -> None:
         """Note the maxima of tiles that an edge of a shard cuts, by state, in the order of the unit's cuts."""
@@ -192,9 +194,9 @@ class _Step:
         for span, spans in section.spans():
             weight, new = self._update(flat, section, span, spans)
             if self.observed is None:
-                flat.store(section, span, weight)
+                flat.store(section, span, weight, self.ok)
             for name, value in new.items():
-                section.stores[name].encode(spans[name], value, known.get(name), self.keys(name))
+                section.stores[name].encode(spans[name], value, known.get(name), self.keys(name), self.ok)
 
     def _update(
         self, flat: _Flat, section: Section, span: slice, spans: dict[str, Span]
@@ -232,18 +234,20 @@ def step_units(
     observed: str | None = None,
     exact: Exact | None = None,
     lying: Lying | None = None,
+    ok: Tensor | None = None,
 ) -> None:
     """Step every unit with these gradients (contiguous, by parameter number), or feed them to the rule as what is `observed`;
     members that are `inert` are left alone, and so are the states of the group, `scalars`. `exact` is the kernel for
-    weights, gradients and states that are all fp32; `lying` knows where weights and gradients lie."""
+    weights, gradients and states that are all fp32, which knows of `ok` (see `put`); `lying` knows where weights and gradients
+    lie."""
     h = step_values(rule, step, Shape(1, 1, 1), gpu)
     stepping = [unit for unit in units.units if not inert.issuperset(unit.members)]
     keys = partial(Key, units.plan.storage.seed, step)
-    kernels = Fused(rule, h, grads, inert, keys, units.allowed, lying) if observed is None else None
+    kernels = Fused(rule, h, grads, inert, keys, units.allowed, lying, ok) if observed is None else None
     coded = [unit for unit in stepping if not _is_plain(unit)]
     fused = {id(unit): kernel for unit in coded if kernels and (kernel := kernels.find(unit))}
     exact = exact if observed is None else None
-    taken = _Step(rule, h, keys, kernels, fused, scalars, observed, exact)
+    taken = _Step(rule, h, keys, kernels, fused, scalars, observed, exact, ok)
     rest = [unit for unit in stepping if id(unit) not in fused and not unit.hosted]
     active = {id(unit): _Flat(unit, grads, inert, fused=exact is not None) for unit in rest}
     everything = [(unit, section) for unit in stepping for section in unit.sections]

@@ -7,6 +7,7 @@ where the table has one, else by the rule's text in chunks that stay in cache.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,12 +27,13 @@ from distopt.plan.tiles import CHUNK, SMALL
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, State, StateView
 from distopt.state.allocation import allocate
+from distopt.state.commit import put
 from distopt.state.lying import MANY, Lying, make_lying
 from distopt.state.pages.pager import Pager
 from distopt.state.placed import Placed
 from distopt.state.units import Unit, Units
 from distopt.state.windows import Window, initial, refuse_sparse, scaled
-from distopt.verdict import square_sums
+from distopt.verdict import on_device, square_sums
 
 
 @dataclass
@@ -170,6 +172,25 @@ class BoundElementwise:
         found = list(zip(square_sums([*self._large_grads.values(), *slabs]), holders))
         return found + (self.placed.squares() if self.placed is not None else [])
 
+    @property
+    def sums(self) -> int:
+        """How many sums are `found`."""
+        return len(self._alone) + len(self._segments)
+
+    def found(self) -> Tensor:
+        """The same sums (sums,) on the device, in fp64."""
+        return on_device([*self._large_grads.values(), *(self.grads[start:stop] for start, stop, _ in self._segments)])
+
+    def not_finite(self, squares: list[float]) -> list[int]:
+        """Which parameters had gradients that were not finite, of what was `found`."""
+        large = [number for number, square in zip(self._alone, squares) if not math.isfinite(square)]
+        if all(map(math.isfinite, squares[len(self._alone) :])):
+            return large
+        return large + [i for i, grad in zip(self.small, self._grad_views) if not grad.isfinite().all()]
+
+    def watch(self) -> None:
+        """Nothing here fails on the device."""
+
     def alarm(self) -> str | None:
         """What must stop training: pages that are lost."""
         return self.units.alarm()
@@ -182,9 +203,10 @@ class BoundElementwise:
         flat = tensors if self._flat else [tensor.reshape(-1) for tensor in tensors]
         torch.cat(flat, out=slab[: self._segments[-1][1]])
 
-    def scale(self, factor: float) -> None:
+    def scale(self, factor: float | Tensor) -> None:
         """Multiply the gradients last collected: in place, or in fp32 where they are of lower precision."""
         if self.placed is not None:
+            assert isinstance(factor, float)
             self.placed.scale(factor)
         torch.mul(self.grads, factor, out=self.grads)
         self._take(scaled(list(self._large_grads.values()), factor))
@@ -202,13 +224,17 @@ class BoundElementwise:
             self._found = None
         self._large_grads = dict(zip(self._large_grads, grads))
 
-    def step(self, rule: Rule, step: int, inert: set[int], union: Domain, *, final: bool) -> None:
+    def step(
+        self, rule: Rule, step: int, inert: set[int], union: Domain, *, final: bool, ok: Tensor | None = None
+    ) -> None:
         """Step every parameter with the gradients last collected; `inert` ones are left alone. The states of the group
-        change with the `final` call of a step."""
+        change with the `final` call of a step. See `put` for `ok`."""
         h = step_values(rule, step, Shape(1, 1, 1), self.gpu)
         left = self.placed
+        assert left is None or ok is None
         if left is not None and left.step(rule, h, inert, self._factor):
             left = None
+        found_inf = None if ok is None else ok.logical_not().float()
         large = [i for i in self.large if i not in inert]
         weights = {i: self.windows[i].weight() for i in large}
         kernel = fused_kernel(rule)
@@ -231,10 +257,10 @@ class BoundElementwise:
         fused = [p for p in parts if kernel is not None and p.weight.dtype == p.grad.dtype == torch.float32]
         if kernel is not None and fused:
             with _aligned(fused, self.device) as lists:
-                kernel(rule, step, *lists)
+                kernel(rule, step, *lists, found_inf)
         for part in parts:
             if kernel is None or not any(part is done for done in fused):
-                self._run(rule, step, part)
+                self._run(rule, step, part, ok=ok)
         if self.small:
             kept = [k for k, i in enumerate(self.small) if i not in inert] if inert else range(len(self.small))
             if kept:
@@ -251,11 +277,12 @@ class BoundElementwise:
         def exact(weight: Tensor, grad: Tensor, states: dict[str, Tensor]) -> None:
             assert kernel is not None
             with _aligned([Part(weight, grad, states)], weight.device) as lists:
-                kernel(rule, step, *lists)
+                kernel(rule, step, *lists, found_inf)
 
         stepped = exact if kernel is not None else None
+        lying = self._found
         step_units(
-            self.units, rule, step, inert, self._large_grads, self.gpu, self.scalars, exact=stepped, lying=self._found
+            self.units, rule, step, inert, self._large_grads, self.gpu, self.scalars, exact=stepped, lying=lying, ok=ok
         )
         if self.scalars and final:
             nothing = torch.empty(0, device=self.device)
@@ -263,7 +290,7 @@ class BoundElementwise:
             rule.update(nothing, nothing, view, step_values(rule, step, Shape(1, 1, 1), self.gpu))
             for name, value in view.new.items():
                 if name in self.scalars:
-                    self.scalars[name].copy_(value)
+                    put(self.scalars[name], value, ok)
         if final:  # zero_grad() is to free them
             self._large_grads = {}
             if self.placed is not None:
@@ -300,7 +327,7 @@ class BoundElementwise:
                 [self.windows[self.small[k]].raw_grad() for k in present], [self._grad_views[k] for k in present]
             )
 
-    def _run(self, rule: Rule, step: int, part: Part, observed: str | None = None) -> None:
+    def _run(self, rule: Rule, step: int, part: Part, observed: str | None = None, ok: Tensor | None = None) -> None:
         """Step a part by the rule's text, or feed its gradient to the rule as an observation."""
         h = step_values(rule, step, Shape(1, 1, 1), self.gpu)
         size = part.weight.numel() if self.gpu else CHUNK
@@ -311,10 +338,10 @@ class BoundElementwise:
             if observed is not None:
                 rule.observe(observed, grad, view, h)
             else:
-                part.weight[chunk].copy_(rule.update(grad, part.weight[chunk].float(), view, h))
+                put(part.weight[chunk], rule.update(grad, part.weight[chunk].float(), view, h), ok)
             for name, value in view.new.items():
                 if name not in self.scalars:
-                    part.states[name][chunk].copy_(value)
+                    put(part.states[name][chunk], value, ok)
 
 
 class _aligned:

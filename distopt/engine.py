@@ -5,6 +5,7 @@ It knows buckets and states; no rule by name and no layout by kind.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,16 +15,18 @@ from torch import Tensor
 from distopt.bucket import BoundBucket
 from distopt.comm.groups import Domain, Domains
 from distopt.comm.pipeline import Run, run_pipelined
+from distopt.deferred import Reading
 from distopt.plan.buckets import Entry, GroupPlan
 from distopt.plan.build import IN_FLIGHT
 from distopt.rule import Rule, Shape
 from distopt.state.coded import Coded
+from distopt.state.commit import put
 from distopt.state.pages.pager import Pager
 from distopt.state.sections import Paged
 from distopt.state.units import Unit, Units
 from distopt.state.windows import Slabs, Window, refuse_sparse, scaled, store_maker
 from distopt.state.working import Working
-from distopt.verdict import square_sums
+from distopt.verdict import on_device, square_sums
 
 
 class BoundGroup:
@@ -71,6 +74,7 @@ class BoundGroup:
             if state.kind == "group"
         }
         self._next: dict[str, Tensor] = {}
+        self._watched: Reading | None = None
         self._owner_states = self._find_owner_states()
         self._alarms = [
             (
@@ -112,7 +116,20 @@ class BoundGroup:
         """Sums of squares of the gradients last collected, with the number of ranks that hold one copy."""
         return list(zip(square_sums(self._grads), (window.holders for window in self.windows)))
 
-    def scale(self, factor: float) -> None:
+    @property
+    def sums(self) -> int:
+        """How many sums are `found`."""
+        return len(self.windows)
+
+    def found(self) -> Tensor:
+        """The same sums (sums,) on the device, in fp64."""
+        return on_device(self._grads)
+
+    def not_finite(self, squares: list[float]) -> list[int]:
+        """Which parameters had gradients that were not finite, of what was `found`."""
+        return [number for number, square in enumerate(squares) if not math.isfinite(square)]
+
+    def scale(self, factor: float | Tensor) -> None:
         """Multiply the gradients last collected: in place, or in fp32 where they are of lower precision."""
         self._grads = scaled(self._grads, factor)
 
@@ -120,15 +137,19 @@ class BoundGroup:
         """Turn the gradients last collected around; those of the parameters stay as they are."""
         self._grads = [-grad for grad in self._grads]
 
-    def step(self, rule: Rule, step: int, inert: set[int], union: Domain, *, final: bool) -> None:
+    def step(
+        self, rule: Rule, step: int, inert: set[int], union: Domain, *, final: bool, ok: Tensor | None = None
+    ) -> None:
         """Update every parameter with the gradients last collected; `inert` ones are left alone. The states of the group
-        change with the `final` call of a step."""
-        run_pipelined(self.runs(rule, step, inert, union, final=final), IN_FLIGHT)
-        self.finish()
+        change with the `final` call of a step. See `put` for `ok`."""
+        run_pipelined(self.runs(rule, step, inert, union, final=final, ok=ok), IN_FLIGHT)
+        self.finish(ok)
 
-    def runs(self, rule: Rule, step: int, inert: set[int], union: Domain, *, final: bool) -> Iterator[Run]:
+    def runs(
+        self, rule: Rule, step: int, inert: set[int], union: Domain, *, final: bool, ok: Tensor | None = None
+    ) -> Iterator[Run]:
         """The runs of the buckets; `finish` after the last one."""
-        working = Working(self.units, self.windows, step)
+        working = Working(self.units, self.windows, step, ok)
         scalars = dict(self.scalars)
         if final:
             self._next = scalars
@@ -140,10 +161,10 @@ class BoundGroup:
                 share = len(bucket.bucket.ranks) / union.size
                 yield bucket.run(rule, step, self._grads, inert, working, scalars, share)
 
-    def finish(self) -> None:
+    def finish(self, ok: Tensor | None = None) -> None:
         """Write back what the runs left behind."""
         for name, value in self._next.items():
-            self.scalars[name].copy_(value.view(1, 1, 1))
+            put(self.scalars[name], value.view(1, 1, 1), ok)
         for window in self.windows:
             window.finish()
 
@@ -156,11 +177,14 @@ class BoundGroup:
                 if work is not None:
                     work.wait()
 
+    def watch(self) -> None:
+        """Have the numbers brought that `alarm` is to look at."""
+        if self._alarms:
+            self._watched = Reading(torch.cat([tensor.view(-1) for _, tensor, _ in self._alarms]))
+
     def alarm(self) -> str | None:
-        """What must stop training: a state that counts failures is above its limit. Reads a few numbers of the device."""
-        if not self._alarms:
-            return self.units.alarm()
-        values = torch.cat([tensor.view(-1) for _, tensor, _ in self._alarms]).tolist()
+        """What must stop training: a state that counts failures was above its limit when it was last watched."""
+        values = self._watched.tolist() if self._watched is not None else []
         for value, (name, _, limit) in zip(values, self._alarms):
             if value > limit:
                 return (

@@ -27,6 +27,7 @@ from distopt.plan.report import PlanReport
 from distopt.rule import require
 from distopt.state.loading import load_groups
 from distopt.vanishing import Vanishing
+from distopt.verdict import Verdict
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -41,7 +42,6 @@ class Optimizer(torch.optim.Optimizer):
             left clipped, as torch.nn.utils.clip_grad_norm_ leaves them.
         nonfinite: a NaN or infinity in any gradient on any rank raises ("raise"), skips the step on every rank
             ("skip"), or is not looked for (None: no extra pass; with max_grad_norm such a step is skipped all the same).
-            Both, and max_grad_norm, read one number per tensor off a GPU, once per group: the step waits for that.
         missing_grad: a gradient that is there on some ranks only counts as zero ("zero") or raises ("raise"). One that
             is nowhere leaves its parameter untouched.
         process_group: replicas (DDP) to partition states and work over; updated parameters are gathered.
@@ -95,8 +95,8 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], rule: str, options: dict[str, Any]) -> None:
         check_options(rule, options)
         self.engine = _Engine(engine_options(options))
-        self.last_grad_norm: float | None = None
-        self.skipped_steps = 0
+        self._grad_norm: float | None = None
+        self._skipped_steps = 0
         self.routing: list[tuple[str, str, str]] = []
         self._model: Callable[[], torch.nn.Module | None] | None = None
         self._vanishing = Vanishing()
@@ -106,6 +106,19 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, optimizer_defaults(rule, options))
         parameter_names(self.param_groups)
         self._constructed = True
+
+    @property
+    def last_grad_norm(self) -> float | None:
+        """The global gradient norm of the last step, before clipping; inf of one that was skipped; None where nobody looked.
+        To read it is to wait for that step, see `step`."""
+        self._settle()
+        return self._grad_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped for a gradient that was not finite; waits as `last_grad_norm` does."""
+        self._settle()
+        return self._skipped_steps
 
     # The state is made at bind, and bind may have to wait until parameters are final, so it is a property.
     @property
@@ -147,6 +160,7 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: an unknown option or rule; a parameter that the rule cannot serve, that is sparse, complex, on
                 the meta device, or there twice; a name that is there twice.
         """
+        self._settle()
         group = complete_group(param_group, self.defaults)
         before = self.defaults
         try:
@@ -169,10 +183,18 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of every group.
 
+        In one process on an accelerator it waits for nothing there, but for solvers that do (`eigh`, inverse Newton): the
+        device itself clips, and leaves everything as it is where a gradient is not finite. The error for that comes with
+        whatever is done next with the optimizer, the next step at the latest, and `last_grad_norm` and `skipped_steps`
+        wait until they are known. On several ranks all have to know of each other's gradients, and on CPU there is nothing
+        to wait for: there it is this call that raises. So it is where states are stepped on the host, and where those of
+        rules of whole matrices are paged.
+
         Raises:
             ValueError: a hyperparameter out of range; a non-finite or missing gradient, where that is to raise. On every
                 rank alike, with parameters and states unchanged.
         """
+        self._settle()
         if not all(group.get("train_mode", True) for group in self.param_groups):
             raise ValueError("the weights are those to evaluate: call optimizer.train() before training goes on")
         loss = None
@@ -190,17 +212,38 @@ class Optimizer(torch.optim.Optimizer):
         outcome = bound.step(
             self.param_groups,
             self.engine,
-            grad_scale=1.0 if scale is None else float(scale),
-            found_inf=None if found is None else float(found),
+            grad_scale=scale,
+            found_inf=found,
             idle=self.stepper is not None and self.stepper.skipped_steps > 0,
         )
-        self._vanishing.after(bound, self.param_groups, outcome.finite)
-        self.last_grad_norm = outcome.norm
-        if not outcome.finite:
-            self.skipped_steps += 1
-            if found is not None:
+        self._vanishing.after(bound, self.param_groups, outcome is None or outcome.finite)
+        if outcome is not None:
+            self._take_note(outcome)
+            if not outcome.finite and found is not None:
                 found.fill_(1.0)
         return loss
+
+    def _settle(self) -> None:
+        """Learn how the last step went, if it did not wait for its verdict.
+
+        Raises:
+            ValueError: a gradient was not finite, where that is to raise.
+        """
+        if self._bound is None:
+            return
+        try:
+            outcome = self._bound.settle()
+        except ValueError:
+            self._vanishing.forget()
+            raise
+        if outcome is not None:
+            self._take_note(outcome)
+            if not outcome.finite:
+                self._vanishing.forget()
+
+    def _take_note(self, outcome: Verdict) -> None:
+        self._grad_norm = outcome.norm
+        self._skipped_steps += not outcome.finite
 
     @torch.no_grad()
     def observe(self, name: str, values: Mapping[str | Tensor, Tensor] | None = None) -> bool:
@@ -243,6 +286,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def step_parameter(self, param: Tensor, scale: float) -> None:
         """Step one parameter, which is a group of its own, with its gradient times `scale`."""
+        self._settle()
         bound = self._bound or self._bind()
         bound.step_alone(bound.position(param), self.param_groups, scale, maximize=self.engine["maximize"])
 
@@ -337,7 +381,8 @@ class Optimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("defaults", "param_groups", "engine", "last_grad_norm", "skipped_steps", "routing", "_shapes")
+        self._settle()
+        kept = ("defaults", "param_groups", "engine", "_grad_norm", "_skipped_steps", "routing", "_shapes")
         pending = self._bound.export() if self._bound is not None else self._pending
         return {
             **{key: self.__dict__[key] for key in kept},
@@ -349,7 +394,8 @@ class Optimizer(torch.optim.Optimizer):
         }
 
     def _bind(self) -> Bound:
-        """Read layouts and make states, once; again when somebody replaced parameters."""
+        """Read layouts and make states, once; again when somebody replaced parameters. Settles."""
+        self._settle()
         groups = self.param_groups
         if self._bound is None or not self._bound.has_stepped:
             self._refresh_parameters()

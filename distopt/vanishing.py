@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distopt.bound import Bound
+from distopt.deferred import Reading
 from distopt.layouts import local_tensor
 
 EVERY = 100
@@ -27,7 +28,7 @@ class Vanishing:
     def __init__(self) -> None:
         self._steps = 0
         self._before: list[Tensor] = []
-        self._counts: Tensor | None = None
+        self._counts: Reading | None = None
 
     def before(self, bound: Bound, groups: list[dict[str, Any]]) -> None:
         """Before a step: report what the last look has found, and copy where it is time for another."""
@@ -57,7 +58,11 @@ class Vanishing:
             for old, (weight, grad) in zip(before, _sample(bound, groups))
             if grad is not None
         ]
-        self._counts = torch.stack(counts).sum(0).double() if counts else None
+        self._counts = Reading(torch.stack(counts).sum(0).double()) if counts else None
+
+    def forget(self) -> None:
+        """The last step was not taken."""
+        self._counts = None
 
 
 def _sample(bound: Bound, groups: list[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -64,7 +64,7 @@ def steps() -> list[dict[str, Any]]:
 def main() -> None:
     """Compile everything."""
     scalars = {f"s{i}": "fp32" for i in range(7)}
-    signature = {"rows": "*i64", "programs": "*i32", "coefficient": "*fp32", **scalars}
+    signature = {"rows": "*i64", "programs": "*i32", "coefficient": "*fp32", "taken": "*u8", **scalars}
     variants = steps()
     for architecture, constants in product(ARCHITECTURES, variants):
         compile_for(architecture, triton_step.step_kernel, signature, constants)

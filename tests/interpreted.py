@@ -3,6 +3,8 @@
 TRITON_INTERPRET=1 python -m tests.interpreted
 """
 
+import copy
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -13,6 +15,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 import distopt
+from distopt import bound
 from distopt.kernels import triton_step
 from distopt.kernels.elementwise import EXAMPLES, told
 from distopt.kernels.jobs import Coding, Job, Table, table
@@ -166,7 +169,14 @@ def compare(
             for state, value, one in zip(job.states, new_states, least):
                 assert torch.allclose(state.agreed, largest(value, list(lengths), 0.0), rtol=1e-5), "what it looked for"
                 state.agreed.copy_(one)
-    kernel(table(jobs), known.scalars, False)
+    before, steps = copy.deepcopy(jobs), table(jobs)
+    kernel(replace(steps, ok=torch.tensor(False)), known.scalars, False)
+    for job, old in zip(jobs, before):
+        assert all(map(same, (job.weight, job.rest), (old.weight, old.rest)))
+        for state, kept_state in zip(job.states, old.states):
+            assert same(state.codes, kept_state.codes)
+            assert same(state.scales, kept_state.scales)
+    kernel(steps if ragged else replace(steps, ok=torch.tensor(True)), known.scalars, False)
     for job, (new, new_states, lengths, numbers) in zip(jobs, expected):
         weight = kept.join(job.weight, job.rest) if kept else job.weight.float()
         unit = 2**-8 if low == torch.bfloat16 else 2**-11
@@ -194,9 +204,14 @@ def compare(
             assert apart.max() <= 1
 
 
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether these have the same bytes."""
+    return one is other or torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
 def optimize(codec: str, master: str, low: torch.dtype) -> None:
     """An optimizer's steps by the kernel, one launch for all whole tensors and one for the others, beside the rule's text."""
-    find, native, launched = fused.Fused.find, fused._native, []
+    find, native, defers, launched = fused.Fused.find, fused._native, bound.defers, []
     shapes = {
         "wide": (40, 256),
         "ragged": (37, 100),
@@ -210,11 +225,24 @@ def optimize(codec: str, master: str, low: torch.dtype) -> None:
         launched.append(rows)
         return Table(rows, *others)
 
-    def trained(find: Any) -> list[Tensor]:
+    def masked(self: Any, unit: Any) -> Any:
+        ok, self.ok = self.ok, None  # these kernels know of it
+        try:
+            return find(self, unit)
+        finally:
+            self.ok = ok
+
+    def trained(find: Any, *, defers: bool = False) -> list[Tensor]:
+        """With a step more, which is not taken, if it `defers`."""
         fused.Fused.find, generator = find, torch.Generator().manual_seed(0)
+        bound.defers = lambda *_: defers
         params = {n: nn.Parameter(torch.randn(shape, generator=generator).to(low)) for n, shape in shapes.items()}
-        built = distopt.AdamW(params.items(), lr=1e-2, state_codec=codec, master_codec=master)
+        built = distopt.AdamW(params.items(), lr=1e-2, state_codec=codec, master_codec=master, nonfinite="skip")
         for number in range(3):
+            if defers and number == 2:
+                for param in params.values():
+                    param.grad = torch.full_like(param, torch.nan)
+                built.step()
             for name, param in params.items():
                 grad = spread(param.shape, generator).to(low)
                 param.grad = None if number == 1 and name == "ragged" else grad
@@ -228,10 +256,14 @@ def optimize(codec: str, master: str, low: torch.dtype) -> None:
     try:
         mine = trained(find)
         assert [len(rows) for rows in launched] == [6, 5, 1, 5], "one call for all of the same age"
+        launched.clear()
+        assert all(map(same, mine, trained(masked, defers=True)))
+        assert len(launched) == 6
+        launched.clear()
         expected = trained(lambda self, unit: None)
     finally:
-        fused.Fused.find, fused._native, fused.Table = find, native, Table
-    assert len(launched) == 4
+        fused.Fused.find, fused._native, fused.Table, bound.defers = find, native, Table, defers
+    assert launched == []
     for weight, other in zip(mine, expected):
         assert (weight - other).norm() <= (2**-8 if master == "none" else 1e-4) * other.norm(), (codec, master, low)
 

@@ -30,7 +30,8 @@ LEVELS: list[set[str]] = [
     {"bound"},
     {"settings"},
     {"agreement", "engine", "elementwise"},
-    {"bucket", "coded_step", "verdict"},
+    {"bucket", "coded_step", "deferred"},
+    {"verdict"},
     {"state"},
     {"comm", "kernels"},
     {"plan"},  # data, which the two lines above read and never make

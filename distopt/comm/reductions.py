@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.comm.groups import Domain
-from distopt.plan.buckets import Bucket, Stack
+from distopt.plan.buckets import Bucket
 from distopt.plan.fields import Field, fields_of
 from distopt.plan.trace import Ask
 from distopt.rule import Reduction, Shape
@@ -27,6 +27,7 @@ class Reductions:
             self.totals[entry.weight] += entry.shape.numel
         self._fields: dict[Ask, dict[Shape | None, Field]] = {}
         self._indices: dict[tuple[Ask, int], Tensor] = {}
+        self._counts: dict[int, Tensor] = {}
 
     def answer(
         self, asks: tuple[Ask, ...], asked: list[tuple[Reduction, ...]]
@@ -110,16 +111,19 @@ class Reductions:
             flat = part[index]
             answer = flat.view(k, 1, -1) if ask.dim == -2 else flat.view(k, -1, 1)
         if ask.kind == "mean":
-            answer = answer / self._count(stack, ask)
+            answer = answer / self._count(position, ask)
         return answer
 
-    def _count(self, stack: Stack, ask: Ask) -> int | Tensor:
+    def _count(self, position: int, ask: Ask) -> int | Tensor:
         """What a mean divides by."""
+        stack = self.bucket.stacks[position]
         if ask.scope == "tensor":
             totals = [self.totals[self.bucket.entries[piece.entry].weight] for piece in stack.pieces]
             if len(set(totals)) == 1:
                 return totals[0]
-            return torch.tensor(totals, device=self.device).view(-1, 1, 1)
+            if position not in self._counts:
+                self._counts[position] = torch.tensor(totals, device=self.device).view(-1, 1, 1)
+            return self._counts[position]
         rows = stack.shape.rows if ask.dim != -1 and ask.of != "col" else 1
         cols = stack.shape.cols if ask.dim != -2 and ask.of != "row" else 1
         return rows * cols

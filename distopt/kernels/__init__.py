@@ -19,7 +19,9 @@ from distopt.rules.sgd import SGD
 
 LANES = 16
 
-Kernel = Callable[[Any, int, list[Tensor], list[Tensor], dict[str, list[Tensor]]], None]
+Kernel = Callable[[Any, int, list[Tensor], list[Tensor], dict[str, list[Tensor]], Tensor | None], None]
+"""Of a rule, a step, weights, gradients and states; with a flag (0-D, fp32) on the device, which leaves all of them alone where
+it is 1."""
 
 
 def fused_kernel(rule: Rule) -> Kernel | None:
@@ -36,8 +38,15 @@ def stretch_kernels(device: torch.device) -> Mapping[Any, Callable[..., Any]]:
     return triton_stretches.KERNELS
 
 
-def _adamw(rule: AdamW, step: int, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]) -> None:
-    count = torch.tensor(float(step), device=weights[0].device)
+def _adamw(
+    rule: AdamW,
+    step: int,
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: dict[str, list[Tensor]],
+    found_inf: Tensor | None,
+) -> None:
+    count = torch.full((), float(step), device=weights[0].device)
     torch._fused_adamw_(
         weights,
         grads,
@@ -52,10 +61,18 @@ def _adamw(rule: AdamW, step: int, weights: list[Tensor], grads: list[Tensor], s
         eps=rule.eps,
         amsgrad=rule.amsgrad,
         maximize=False,
+        found_inf=found_inf,
     )
 
 
-def _sgd(rule: SGD, step: int, weights: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]]) -> None:
+def _sgd(
+    rule: SGD,
+    step: int,
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: dict[str, list[Tensor]],
+    found_inf: Tensor | None,
+) -> None:
     torch._fused_sgd_(
         weights,
         grads,
@@ -67,6 +84,7 @@ def _sgd(rule: SGD, step: int, weights: list[Tensor], grads: list[Tensor], state
         nesterov=rule.nesterov,
         maximize=False,
         is_first_step=step == 1,
+        found_inf=found_inf,
     )
 
 

@@ -53,7 +53,7 @@ def _is_exact(kernel: native.Kernel, name: str, step: int) -> bool:
     expected = [weight.clone(), *(value.clone() for value in values)]
     theirs = fused_kernel(rule)
     if theirs is not None:
-        theirs(rule, step, expected[:1], [grad], {state: [v] for state, v in zip(known.states, expected[1:])})
+        theirs(rule, step, expected[:1], [grad], {state: [v] for state, v in zip(known.states, expected[1:])}, None)
     else:
         view = StateView(dict(zip(known.states, values)))
         expected = [rule.update(grad, weight, view, h), *(getattr(view, state) for state in known.states)]

@@ -97,7 +97,7 @@ def _store_state(x, row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE:
 
 
 @triton.jit
-def step_kernel(rows, programs, coefficient, s0, s1, s2, s3, s4, s5, s6,
+def step_kernel(rows, programs, coefficient, taken, s0, s1, s2, s3, s4, s5, s6,
                 RULE: tl.constexpr, STATES: tl.constexpr,
                 WEIGHT: tl.constexpr, REST: tl.constexpr, JOIN: tl.constexpr, SPLIT: tl.constexpr, GRAD: tl.constexpr,
                 CODE_A: tl.constexpr, DECODE_A: tl.constexpr, ENCODE_A: tl.constexpr, SCALED_A: tl.constexpr,
@@ -106,7 +106,8 @@ def step_kernel(rows, programs, coefficient, s0, s1, s2, s3, s4, s5, s6,
                 STOCHASTIC_B: tl.constexpr, PACKED_B: tl.constexpr,
                 RAGGED: tl.constexpr, AGREED: tl.constexpr, LOOK: tl.constexpr,
                 COLUMNS: tl.constexpr, COUNT: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
-    """See the module; COLUMNS is the width of a row, COUNT the tiles of a program, SPAN the elements of a tile."""
+    """See the module; COLUMNS is the width of a row, COUNT the tiles of a program, SPAN the elements of a tile. Nothing is
+    written where the byte `taken` is 0."""
     program = tl.program_id(0)
     row = rows + tl.load(programs + 2 * program).to(tl.int64) * COLUMNS
     tile = tl.load(programs + 2 * program + 1) + tl.arange(0, COUNT)
@@ -137,6 +138,8 @@ def step_kernel(rows, programs, coefficient, s0, s1, s2, s3, s4, s5, s6,
     if STATES > 1:
         b = _load_state(row, index, tile, mask, inside, 8, CODE_B, DECODE_B, SCALED_B, PACKED_B, RAGGED, SPAN)
     w, a, b = RULE(w, g, a, b, s0, s1, s2, s3, s4, s5, s6)
+    inside = tile < tl.load(row + 3) * tl.load(taken)
+    mask = inside[:, None] & mask
     _store_state(a, row, index, tile, mask, inside, 5, CODE_A, ENCODE_A, SCALED_A, STOCHASTIC_A, PACKED_A, RAGGED,
                  AGREED, LOOK, 13, 12, COUNT, SPAN)  # fmt: skip
     if STATES > 1:
@@ -179,7 +182,10 @@ def find(
 
     def launch(table: Table, scalars: tuple[float, ...], look: bool) -> None:
         ragged = table.rows[:, STARTS] != 0
-        for one, rows in ((True, table.rows[ragged]), (False, table.rows[~ragged])):
+        one, taken = _ones(table.device)
+        if table.ok is not None:
+            taken = table.ok.view(torch.uint8)
+        for cut, rows in ((True, table.rows[ragged]), (False, table.rows[~ragged])):
             if not len(rows):
                 continue
             programs = _programs(rows[:, COLUMN_TILES].tobytes(), table.device)
@@ -187,8 +193,8 @@ def find(
             if table.device.type == "cuda":  # without waiting for it
                 given = given.pin_memory().to(table.device, non_blocking=True)
             step_kernel[(len(programs),)](
-                given, programs, _one(table.device), *scalars, *[0.0] * (7 - len(scalars)), **chosen,
-                RAGGED=one, AGREED=table.agreed and not look, LOOK=look, num_warps=4, enable_fp_fusion=False,
+                given, programs, one, taken, *scalars, *[0.0] * (7 - len(scalars)), **chosen,
+                RAGGED=cut, AGREED=table.agreed and not look, LOOK=look, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
 
     return launch
@@ -205,5 +211,6 @@ def _programs(counts: bytes, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
+def _ones(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A gradient's coefficient, and the flag of a step that is taken."""
+    return torch.ones((), device=device), torch.ones((), dtype=torch.uint8, device=device)

@@ -16,6 +16,7 @@ from distopt.matrix.triangle import pack, unpack
 from distopt.plan.tiles import BLOCK, CHUNK, GPU_CHUNK, Tiles
 from distopt.state.allocation import allocate
 from distopt.state.codecs.base import FLOOR, Codec
+from distopt.state.commit import put
 from distopt.state.noise import Key
 
 
@@ -115,27 +116,28 @@ class Coded:
             return self.codec.decode(rows, self.scales[span.tiles, None]).view(-1)
         return self.codec.decode(codes, self._spread(span, self.scales))
 
-    def encode(self, span: Span, values: Tensor, agreed: Agreed | None, key: Key) -> None:
-        """Store the values of a span (fp32, flat)."""
+    def encode(self, span: Span, values: Tensor, agreed: Agreed | None, key: Key, ok: Tensor | None = None) -> None:
+        """Store the values of a span (fp32, flat); see `put` for `ok`."""
         noise = self._noise(span, key)
         if not self.codec.scaled:
-            self.stored[span.stored] = self.codec.encode(values, values, noise)
+            put(self.stored[span.stored], self.codec.encode(values, values, noise), ok)
             return
         maxima = self.maxima(span, values)
         if agreed is not None:
             agreed.put(maxima, span.tiles)
-        self.scales[span.tiles] = maxima.clamp_(min=FLOOR)
+        put(self.scales[span.tiles], maxima.clamp_(min=FLOOR), ok)
         if self._lengths is None:
             codes = self.codec.encode(values.view(-1, BLOCK), self.scales[span.tiles, None], noise)
         else:
             codes = self.codec.encode(values, self._spread(span, self.scales), noise)
-        self.stored[span.stored] = self.codec.pack(codes.view(-1))
+        put(self.stored[span.stored], self.codec.pack(codes.view(-1)), ok)
 
     def maxima(self, span: Span, values: Tensor) -> Tensor:
         """The largest magnitude in each tile of a span."""
         if self._lengths is None:
             return values.view(-1, BLOCK).abs().amax(1)
-        return torch.segment_reduce(values.abs(), "max", lengths=self._lengths[span.tiles].long())
+        # What is safe is looked at on the host, which waits for the device.
+        return torch.segment_reduce(values.abs(), "max", lengths=self._lengths[span.tiles].long(), unsafe=True)
 
     def read(self) -> Tensor:
         """All values in fp32, flat."""
@@ -154,10 +156,10 @@ class Coded:
         """All values in fp32, in their shape."""
         return self.read().view(self.shape)
 
-    def write(self, values: Tensor, agreed: Agreed | None, key: Key) -> None:
-        """Store all values (fp32, flat)."""
+    def write(self, values: Tensor, agreed: Agreed | None, key: Key, ok: Tensor | None = None) -> None:
+        """Store all values (fp32, flat); see `put` for `ok`."""
         for span in self.spans:
-            self.encode(span, values[span.elements], agreed, key)
+            self.encode(span, values[span.elements], agreed, key, ok)
 
     def is_cut(self, span: Span) -> bool:
         """Whether an edge of a shard cuts one of these tiles."""
@@ -205,8 +207,8 @@ class Packed(Coded):
         half = super().read()
         return unpack(half.view(1, -1, self.shape[-1])).view(-1)
 
-    def write(self, values: Tensor, agreed: Agreed | None, key: Key) -> None:
-        super().write(pack(values.view(1, *self.shape)).view(-1), agreed, key)
+    def write(self, values: Tensor, agreed: Agreed | None, key: Key, ok: Tensor | None = None) -> None:
+        super().write(pack(values.view(1, *self.shape)).view(-1), agreed, key, ok)
 
 
 def agree(

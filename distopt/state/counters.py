@@ -41,5 +41,15 @@ class Counters:
         if inert:
             self.assign([age + (position not in inert) for position, age in enumerate(self.ages)])
             return
-        self.ages = [age + 1 for age in self.ages]
-        self._shared = {age + 1: tensor.add_(1) for age, tensor in self._shared.items()}
+        self._shift(1)
+
+    def retreat(self, inert: set[int]) -> None:
+        """Take back an `advance`."""
+        if inert:
+            self.assign([age - (position not in inert) for position, age in enumerate(self.ages)])
+            return
+        self._shift(-1)
+
+    def _shift(self, steps: int) -> None:
+        self.ages = [age + steps for age in self.ages]
+        self._shared = {age + steps: tensor.add_(steps) for age, tensor in self._shared.items()}

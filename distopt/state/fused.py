@@ -45,8 +45,8 @@ Stepped = tuple[str, tuple[Codec, ...], torch.dtype, Master | None]
 
 
 class Fused:
-    """Kernels for the units of one step of a group; compiled ones only if they are `allowed` (None: all are). `lying` knows where
-    weights and gradients lie."""
+    """Kernels for the units of one step of a group; compiled ones only if they are `allowed` (None: all are), and if no `ok` on
+    the device is to be asked. `lying` knows where weights and gradients lie."""
 
     def __init__(
         self,
@@ -57,8 +57,9 @@ class Fused:
         keys: Callable[[str], Key],
         allowed: frozenset[Stepped] | None = None,
         lying: Lying | None = None,
+        ok: Tensor | None = None,
     ) -> None:
-        self.lying = lying
+        self.lying, self.ok = lying, ok
         self.told, self.grads, self.inert, self.keys, self.allowed = told(rule, h), dict(grads), inert, keys, allowed
         self.weights: dict[int, Tensor] = {}
         self._grad_dtypes: dict[int, torch.dtype] = {}
@@ -82,7 +83,8 @@ class Fused:
             return None
         if unit.windows[0].param.is_cuda and not unit.hosted:
             return _triton(name, codecs, weight, None if master is None else master.dtype, grad)
-        if grad not in (torch.float32, weight) or (self.allowed is not None and stepped not in self.allowed):
+        refused = self.ok is not None or (self.allowed is not None and stepped not in self.allowed)
+        if grad not in (torch.float32, weight) or refused:
             return None
         return _native(*stepped)
 
@@ -170,7 +172,8 @@ class Fused:
             stepping &= [number not in self.inert for number in numbers]
         rows = rows if stepping.all() else rows[stepping]
         if len(rows):
-            kernel(Table(rows, bool(scales), _device(section), dtype == torch.float32), self.told.scalars, look)
+            given = Table(rows, bool(scales), _device(section), dtype == torch.float32, self.ok)
+            kernel(given, self.told.scalars, look)
 
     def _fixed(self, unit: Unit, section: Section) -> np.ndarray:
         """What rows say of the members of a unit that stays as long as the section lies where it does; beside that, how

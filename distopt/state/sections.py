@@ -171,8 +171,9 @@ class Paged:
         """All values in fp32, in their shape."""
         return self.read().view(self.shape)
 
-    def write(self, values: Tensor, agreed: Agreed | None, key: Key) -> None:
-        """Store all values (fp32, flat)."""
+    def write(self, values: Tensor, agreed: Agreed | None, key: Key, ok: Tensor | None = None) -> None:
+        """Store all values (fp32, flat). No `ok` is asked on the device: what is to stay would have to be fetched."""
+        assert ok is None
         for section in self.sections:
             known = None if agreed is None else agreed.part(section.tiles).to(section.device)
             with section.opened(write=True, fresh=self.alone):
@@ -214,5 +215,5 @@ class PagedPacked(Paged):
     def read(self) -> Tensor:
         return unpack(super().read().view(1, -1, self.shape[-1])).view(-1)
 
-    def write(self, values: Tensor, agreed: Agreed | None, key: Key) -> None:
-        super().write(pack(values.view(1, *self.shape)).view(-1), agreed, key)
+    def write(self, values: Tensor, agreed: Agreed | None, key: Key, ok: Tensor | None = None) -> None:
+        super().write(pack(values.view(1, *self.shape)).view(-1), agreed, key, ok)

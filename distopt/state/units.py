@@ -19,6 +19,7 @@ from distopt.rule import State
 from distopt.state.allocation import allocate
 from distopt.state.codecs import FP32, Codec
 from distopt.state.coded import Agreed, Coded, agree
+from distopt.state.commit import put
 from distopt.state.master import Master
 from distopt.state.noise import Key
 from distopt.state.pages.pager import Pager
@@ -108,13 +109,14 @@ class Unit:
             return weight.float()
         return self.master.join(weight, self.rest[self.parts[number]])
 
-    def set_weight(self, number: int, value: Tensor) -> None:
-        """Give a parameter its fp32 weights; its window is to be finished afterwards."""
+    def set_weight(self, number: int, value: Tensor, ok: Tensor | None = None) -> None:
+        """Give a parameter its fp32 weights; its window is to be finished afterwards. See `put` for `ok`."""
         weight = self.windows[self.members.index(number)].weight()
         if self.master is not None and self.rest is not None:
+            part = self.parts[number]
             value, rest = self.master.split(value, weight.dtype)
-            self.rest[self.parts[number]] = rest
-        weight.copy_(value)
+            self.rest[part] = rest if ok is None else torch.where(ok, rest, self.rest[part])
+        put(weight, value, ok)
 
 
 class Units:

@@ -148,8 +148,9 @@ def refuse_sparse(windows: list[Window], grads: list[Tensor | None]) -> None:
             raise ValueError(f"{name!r} has a sparse gradient; use sparse=False, or torch.optim.SparseAdam for it")
 
 
-def scaled(tensors: list[Tensor], factor: float) -> list[Tensor]:
-    """The tensors times `factor`: in place, except for low precision, whose product is made in fp32."""
+def scaled(tensors: list[Tensor], factor: float | Tensor) -> list[Tensor]:
+    """The tensors times `factor` (0-D, where it is on the device): in place, except for low precision, whose product is made in
+    fp32."""
     full = [tensor for tensor in tensors if tensor.dtype == torch.float32]
     if full:
         torch._foreach_mul_(full, factor)

@@ -16,10 +16,11 @@ from distopt.state.windows import Window
 
 
 class Working:
-    """The decoded states of one step of a group, by parameter number and name; flat, and written to in place."""
+    """The decoded states of one step of a group, by parameter number and name; flat, and written to in place. Weights that
+    are stored as they are, too, and all that is stored at the `close`, only where `ok` holds (`state.commit.put`)."""
 
-    def __init__(self, units: Units, windows: list[Window], step: int) -> None:
-        self.units, self.windows, self.step = units, windows, step
+    def __init__(self, units: Units, windows: list[Window], step: int, ok: Tensor | None = None) -> None:
+        self.units, self.windows, self.step, self.ok = units, windows, step, ok
         self._flats: dict[tuple[int, str], Tensor] = {}
         self._weights: dict[int, Tensor] = {}
 
@@ -55,8 +56,8 @@ class Working:
         found = [(store, count, store.cut_maxima(flat)) for store, count, flat in zip(stores, slots, flats)]
         agreed = yield from agree(domain, found, device)
         for (number, name), store, flat, maxima in zip(key, stores, flats, agreed):
-            store.write(flat, maxima, self.key(name))
+            store.write(flat, maxima, self.key(name), self.ok)
             del self._flats[number, name]
         for number in numbers:
             if (number, MASTER) in self._flats:
-                self.units.of[number].set_weight(number, self._flats.pop((number, MASTER)))
+                self.units.of[number].set_weight(number, self._flats.pop((number, MASTER)), self.ok)

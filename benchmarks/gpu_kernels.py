@@ -5,7 +5,8 @@
 
 The matrices of some layers. Copy bandwidth: a copy of 1 GiB, read and written bytes over time. Of a step: the bytes that it
 has to read and write (weights, rest of master weights, gradients, states, scales) over time. Then what is elementwise in rules
-that are not, as one kernel per stretch and as torch's operations, on one stack of as many elements.
+that are not, as one kernel per stretch and as torch's operations, on one stack of as many elements; and their states and
+weights, decoded and encoded so.
 """
 
 from __future__ import annotations
@@ -17,14 +18,21 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 
 import distopt
 from benchmarks import shapes
 from benchmarks.int8_step import in_turn
 from benchmarks.report import write_result
-from distopt.kernels import stretch_kernels
+from distopt.kernels import state_kernels, stretch_kernels
+from distopt.plan.tiles import whole_tiles
 from distopt.rules import adafactor, muon
+from distopt.state import coded
+from distopt.state.codecs import CODECS
+from distopt.state.coded import Coded
+from distopt.state.master import MASTERS
+from distopt.state.noise import Key
 
 VARIANTS: dict[str, tuple[torch.dtype, dict[str, Any], float]] = {
     "AdamW int8 + bits8": (torch.bfloat16, {"state_codec": "int8", "master_codec": "bits8"}, 12 + 8 / 64),
@@ -99,6 +107,32 @@ def stretches(numel: int, device: str) -> dict[str, tuple[Callable[[], Any], Cal
     }
 
 
+def states(numel: int, device: str) -> dict[str, tuple[Callable[[], Any], Callable[[], Any], float]]:
+    """What is stored: read and written by kernel (on a CPU as well by the text), and so on as `stretches`."""
+    there, found = torch.device(device), {}
+    x, kernels = torch.randn(numel, device=device), state_kernels(there)
+    tiles, key = whole_tiles(1, numel), Key(0, 1, "x")
+
+    def by_text(function: Callable[..., Any], *args: Any) -> Any:
+        coded.state_kernels = lambda device: None
+        try:
+            return function(*args)
+        finally:
+            coded.state_kernels = state_kernels
+
+    for codec, size in (("int8", 1 + 4 / 128), ("int4", 0.5 + 4 / 128), ("bf16_sr", 2)):
+        store = Coded(CODECS[codec](True), tiles, there, 0.0, np.arange(tiles.count) * 128)
+        for name, run in (("read", partial(store.read)), ("write", partial(store.write, x, None, key))):
+            found[f"{name} {codec}"] = run, partial(by_text, run), 4 + size
+    master = MASTERS["bits8"]
+    param, rest = master.split(x, torch.bfloat16)
+    join, split = partial(master.join, param, rest), partial(master.split, x, torch.bfloat16)
+    if kernels is not None:
+        found["join bits8"] = partial(kernels.join, param, rest), join, 7
+        found["split bits8"] = partial(kernels.split, x, param, rest), split, 7
+    return found
+
+
 def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -124,7 +158,7 @@ def main() -> None:
         rate = moved * numel / milliseconds / 1e6
         rows.append([name, f"{milliseconds:.3f}", f"{rate:.0f}", f"{rate / bandwidth:.2f}", "≥ 0.85"])
         del step
-    for name, (kernel, text, moved) in stretches(numel, device).items():
+    for name, (kernel, text, moved) in (stretches(numel, device) | states(numel, device)).items():
         for kind, run in (("kernel", kernel), ("torch's operations", text)):
             milliseconds = statistics.median(in_turn({name: run}, rounds)[name])
             rate = moved * numel / milliseconds / 1e6

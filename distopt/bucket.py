@@ -25,7 +25,7 @@ from distopt.plan.strategies import Payload, is_tall, sides, slice_work
 from distopt.plan.tiles import Storage
 from distopt.plan.trace import Ask, Rounds, step_values
 from distopt.rule import Back, Reduction, Rule, Shape, StateView, Step, Through, Whole
-from distopt.state.coded import Coded
+from distopt.state.coded import Coded, read_all, write_all
 from distopt.state.commit import put
 from distopt.state.noise import Key
 from distopt.state.sections import Paged
@@ -86,6 +86,7 @@ class BoundBucket:
         before = dict(scalars)
         runs: list[Generator[Any, Any, Tensor]] = []
         views: list[StateView] = []
+        working.open(piece.param for stack in bucket.stacks for piece in stack.pieces)
         for stack, slabs in zip(bucket.stacks, self.slabs):
             lying = self._lying(stack, slabs, working)
             views.append(StateView({**slabs.tensors, **_decoded(slabs), **lying, **before}))
@@ -304,13 +305,13 @@ def _settled(matrices: Tensor) -> Tensor:
 
 def _decoded(slabs: Slabs) -> dict[str, Tensor]:
     """The coded states of owner kind as stacks (k, rows, cols)."""
-    return {name: torch.stack([store.matrix() for store in stores]) for name, stores in slabs.coded.items()}
+    stores = [store for group in slabs.coded.values() for store in group]
+    matrices = [flat.view(store.shape) for flat, store in zip(read_all(stores), stores)][::-1]
+    return {name: torch.stack([matrices.pop() for _ in group]) for name, group in slabs.coded.items()}
 
 
 def _encode(stores: list[Coded | Paged], new: Tensor, kept: list[bool], key: Key, ok: Tensor | None) -> None:
-    for store, value, keep in zip(stores, new, kept):
-        if keep:
-            store.write(value.reshape(-1), None, key, ok)
+    write_all([(store, value.reshape(-1), None, key) for store, value, keep in zip(stores, new, kept) if keep], ok)
 
 
 def _load(flats: list[Tensor] | dict[int, Tensor], stack: Stack) -> Tensor:

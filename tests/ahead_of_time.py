@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from distopt.kernels import triton_step
+from distopt.kernels import triton_states, triton_step
 from distopt.kernels import triton_stretches as stretches
 from distopt.kernels.triton_codecs import CODECS, WEIGHTS
 from distopt.matrix.symmetric import SIZES, product_kernel
@@ -81,6 +81,26 @@ def main() -> None:
         numbers |= {"x1": f"*{dtype if outputs == 1 else 'fp32'}", "y1": f"*{dtype if outputs == 2 else 'fp32'}"}
         constants = {"STRETCH": stretch, "INPUTS": inputs, "OUTPUTS": outputs, "HIGH": 8, "WIDE": 128}
         compile_for(architecture, stretches.stretch_kernel, numbers, constants)
+    given = {"rows": "*i64", "programs": "*i32", "taken": "*u8"}
+    for architecture, codec in product(ARCHITECTURES, CODECS):
+        flags = {"RAGGED": codec[1], "AGREED": codec[1], "LOOK": False}
+        for kernel, write in ((triton_states.read_kernel, False), (triton_states.write_kernel, True)):
+            chosen = triton_states.options(codec[0], signed=codec[1], write=write)
+            constants = chosen | {name: flag for name, flag in flags.items() if name in kernel.arg_names}
+            compile_for(architecture, kernel, given, constants)
+    for architecture, (low, rest) in product(ARCHITECTURES, WEIGHTS):
+        if rest is not None:
+            written = WEIGHTS[low, rest]
+            names = {"float32": "fp32", "float16": "fp16", "bfloat16": "i16", "int8": "i8", "int16": "i16"}
+            weights = {
+                "x": "*fp32",
+                "param": f"*{names[low]}",
+                "rest": f"*{names[rest]}",
+                "taken": "*u8",
+                "numel": "i32",
+            }
+            compile_for(architecture, triton_states.join_kernel, weights, {"JOIN": written.join, "COUNT": 1024})
+            compile_for(architecture, triton_states.split_kernel, weights, {"SPLIT": written.split, "COUNT": 1024})
     print(f"{len(variants)} steps compiled for {ARCHITECTURES}")
 
 

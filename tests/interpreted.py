@@ -30,7 +30,7 @@ from distopt.state.codecs import CODECS
 from distopt.state.codecs.base import FLOOR
 from distopt.state.master import MASTERS
 from distopt.state.noise import Key
-from tests import interpreted_stretches
+from tests import interpreted_states, interpreted_stretches
 
 LENGTHS = (128, 44, 128, 100, 7, 128, 1, 128, 60, 128, 77)
 """Of tiles: more than one program's."""
@@ -323,6 +323,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         multiply(dtype)
     interpreted_stretches.main()
+    interpreted_states.main()
     print("all equal")
 
 

@@ -11,7 +11,7 @@ from distopt import bucket
 from distopt.kernels import triton_stretches
 from distopt.rules import adafactor, muon
 
-WHOLE = (2, 37, 150)
+WHOLE = (2, 19, 150)
 
 
 def stacks(generator: torch.Generator) -> list[Callable[[], Tensor]]:

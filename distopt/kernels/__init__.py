@@ -38,6 +38,15 @@ def stretch_kernels(device: torch.device) -> Mapping[Any, Callable[..., Any]]:
     return triton_stretches.KERNELS
 
 
+def state_kernels(device: torch.device) -> Any:
+    """The module that reads and writes states on this device (`triton_states`), or None, as on a CPU, where the text does."""
+    if device.type != "cuda":
+        return None
+    from distopt.kernels import triton_states  # see above
+
+    return triton_states
+
+
 def _adamw(
     rule: AdamW,
     step: int,

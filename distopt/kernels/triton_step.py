@@ -7,7 +7,7 @@ are functions that it is compiled with, so that rules and codecs add up and do n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +28,7 @@ TILES = 8
 
 
 @triton.jit
-def _pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
+def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
     return tl.load(row + COLUMN).to(tl.pointer_type(DTYPE))
 
 
@@ -47,8 +47,8 @@ def _whole_bytes(row, tile, COLUMN: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _load_state(row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE: tl.constexpr, DECODE: tl.constexpr,
-                SCALED: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+def load_state(row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE: tl.constexpr, DECODE: tl.constexpr,
+               SCALED: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
     if PACKED and RAGGED:
         word, shift = _half_bytes(row, index, COLUMN)
         code = (tl.load(word, mask=mask, other=0) >> shift) & 15
@@ -56,33 +56,33 @@ def _load_state(row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE: tl.
         both = tl.load(_whole_bytes(row, tile, COLUMN, SPAN), mask=inside[:, None], other=0)
         code = tl.interleave(both & 15, both >> 4)
     else:
-        code = tl.load(_pointer(row, COLUMN, DTYPE) + index, mask=mask, other=0)
+        code = tl.load(pointer(row, COLUMN, DTYPE) + index, mask=mask, other=0)
     if SCALED:
-        scale = tl.load(_pointer(row, COLUMN + 1, tl.float32) + tile, mask=inside, other=0.0)
+        scale = tl.load(pointer(row, COLUMN + 1, tl.float32) + tile, mask=inside, other=0.0)
         return DECODE(code, scale[:, None])
     else:
         return DECODE(code, 0.0)
 
 
 @triton.jit
-def _store_state(x, row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ENCODE: tl.constexpr,
-                 SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
-                 AGREED: tl.constexpr, LOOK: tl.constexpr, KEY: tl.constexpr, FIRSTS: tl.constexpr,
-                 COUNT: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+def store_state(x, row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ENCODE: tl.constexpr,
+                SCALED: tl.constexpr, STOCHASTIC: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
+                AGREED: tl.constexpr, LOOK: tl.constexpr, KEY: tl.constexpr, FIRSTS: tl.constexpr,
+                COUNT: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
     scale = tl.zeros_like(tile).to(tl.float32)
     if SCALED:
         largest = tl.max(tl.where(mask, tl.abs(x), 0.0), axis=1)
         if LOOK:
-            tl.store(_pointer(row, COLUMN + 2, tl.float32) + tile, largest, mask=inside)
+            tl.store(pointer(row, COLUMN + 2, tl.float32) + tile, largest, mask=inside)
         scale = tl.maximum(largest, FLOOR)
         if AGREED:
-            scale = tl.maximum(scale, tl.load(_pointer(row, COLUMN + 2, tl.float32) + tile, mask=inside, other=0.0))
+            scale = tl.maximum(scale, tl.load(pointer(row, COLUMN + 2, tl.float32) + tile, mask=inside, other=0.0))
         if not LOOK:
-            tl.store(_pointer(row, COLUMN + 1, tl.float32) + tile, scale, mask=inside)
+            tl.store(pointer(row, COLUMN + 1, tl.float32) + tile, scale, mask=inside)
     if not LOOK:
         noise = tl.zeros_like(index).to(tl.int32)
         if STOCHASTIC:
-            firsts = tl.load(_pointer(row, FIRSTS, tl.int64) + tile, mask=inside, other=0)
+            firsts = tl.load(pointer(row, FIRSTS, tl.int64) + tile, mask=inside, other=0)
             noise = random_bits(firsts[:, None] + tl.arange(0, SPAN)[None, :], tl.load(row + KEY))
         code = ENCODE(x, scale[:, None], noise)
         if PACKED and RAGGED:  # neighbouring tiles may share a byte: each changes its own bits only
@@ -93,7 +93,26 @@ def _store_state(x, row, index, tile, mask, inside, COLUMN: tl.constexpr, DTYPE:
             low, high = tl.split(tl.reshape(code, (COUNT, SPAN // 2, 2)))
             tl.store(_whole_bytes(row, tile, COLUMN, SPAN), (low | (high << 4)).to(tl.uint8), mask=inside[:, None])
         else:
-            tl.store(_pointer(row, COLUMN, DTYPE) + index, code, mask=mask)
+            tl.store(pointer(row, COLUMN, DTYPE) + index, code, mask=mask)
+
+
+@triton.jit
+def find_tiles(rows, programs, RAGGED: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr, SPAN: tl.constexpr):
+    """The row of this program, its tiles and their elements; which of these there are."""
+    program = tl.program_id(0)
+    row = rows + tl.load(programs + 2 * program).to(tl.int64) * COLUMNS
+    tile = tl.load(programs + 2 * program + 1) + tl.arange(0, COUNT)
+    inside = tile < tl.load(row + 3)
+    if RAGGED:
+        starts = pointer(row, 2, tl.int64)
+        origin = tl.load(starts)
+        start = tl.load(starts + tile, mask=inside, other=0) - origin
+        stop = tl.load(starts + tile + 1, mask=inside, other=0) - origin
+    else:
+        start = tile.to(tl.int64) * SPAN
+        stop = start + SPAN
+    index = start[:, None] + tl.arange(0, SPAN)[None, :]
+    return row, tile, inside, index, inside[:, None] & (index < stop[:, None])
 
 
 @triton.jit
@@ -108,48 +127,34 @@ def step_kernel(rows, programs, coefficient, taken, s0, s1, s2, s3, s4, s5, s6,
                 COLUMNS: tl.constexpr, COUNT: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
     """See the module; COLUMNS is the width of a row, COUNT the tiles of a program, SPAN the elements of a tile. Nothing is
     written where the byte `taken` is 0."""
-    program = tl.program_id(0)
-    row = rows + tl.load(programs + 2 * program).to(tl.int64) * COLUMNS
-    tile = tl.load(programs + 2 * program + 1) + tl.arange(0, COUNT)
-    inside = tile < tl.load(row + 3)
-    if RAGGED:
-        starts = _pointer(row, 2, tl.int64)
-        origin = tl.load(starts)
-        start = tl.load(starts + tile, mask=inside, other=0) - origin
-        stop = tl.load(starts + tile + 1, mask=inside, other=0) - origin
-    else:
-        start = tile.to(tl.int64) * SPAN
-        stop = start + SPAN
-    index = start[:, None] + tl.arange(0, SPAN)[None, :]
-    mask = inside[:, None] & (index < stop[:, None])
-
-    param = tl.load(_pointer(row, 0, WEIGHT) + index, mask=mask, other=0)
+    row, tile, inside, index, mask = find_tiles(rows, programs, RAGGED, COLUMNS, COUNT, SPAN)
+    param = tl.load(pointer(row, 0, WEIGHT) + index, mask=mask, other=0)
     rest = param
     if REST is not None:
-        rest = tl.load(_pointer(row, 11, REST) + index, mask=mask, other=0)
+        rest = tl.load(pointer(row, 11, REST) + index, mask=mask, other=0)
     w = JOIN(param, rest)
-    g = tl.load(_pointer(row, 1, GRAD) + index, mask=mask, other=0)
+    g = tl.load(pointer(row, 1, GRAD) + index, mask=mask, other=0)
     if tl.int16 == GRAD:
         g = widen(g)
     g = g.to(tl.float32) * tl.load(coefficient)
 
-    a = _load_state(row, index, tile, mask, inside, 5, CODE_A, DECODE_A, SCALED_A, PACKED_A, RAGGED, SPAN)
+    a = load_state(row, index, tile, mask, inside, 5, CODE_A, DECODE_A, SCALED_A, PACKED_A, RAGGED, SPAN)
     b = a
     if STATES > 1:
-        b = _load_state(row, index, tile, mask, inside, 8, CODE_B, DECODE_B, SCALED_B, PACKED_B, RAGGED, SPAN)
+        b = load_state(row, index, tile, mask, inside, 8, CODE_B, DECODE_B, SCALED_B, PACKED_B, RAGGED, SPAN)
     w, a, b = RULE(w, g, a, b, s0, s1, s2, s3, s4, s5, s6)
     inside = tile < tl.load(row + 3) * tl.load(taken)
     mask = inside[:, None] & mask
-    _store_state(a, row, index, tile, mask, inside, 5, CODE_A, ENCODE_A, SCALED_A, STOCHASTIC_A, PACKED_A, RAGGED,
-                 AGREED, LOOK, 13, 12, COUNT, SPAN)  # fmt: skip
+    store_state(a, row, index, tile, mask, inside, 5, CODE_A, ENCODE_A, SCALED_A, STOCHASTIC_A, PACKED_A, RAGGED,
+                AGREED, LOOK, 13, 12, COUNT, SPAN)  # fmt: skip
     if STATES > 1:
-        _store_state(b, row, index, tile, mask, inside, 8, CODE_B, ENCODE_B, SCALED_B, STOCHASTIC_B, PACKED_B, RAGGED,
-                     AGREED, LOOK, 14, 12, COUNT, SPAN)  # fmt: skip
+        store_state(b, row, index, tile, mask, inside, 8, CODE_B, ENCODE_B, SCALED_B, STOCHASTIC_B, PACKED_B, RAGGED,
+                    AGREED, LOOK, 14, 12, COUNT, SPAN)  # fmt: skip
     if not LOOK:
         param, rest = SPLIT(w)
-        tl.store(_pointer(row, 0, WEIGHT) + index, param, mask=mask)
+        tl.store(pointer(row, 0, WEIGHT) + index, param, mask=mask)
         if REST is not None:
-            tl.store(_pointer(row, 11, REST) + index, rest.to(REST), mask=mask)
+            tl.store(pointer(row, 11, REST) + index, rest.to(REST), mask=mask)
 
 
 def options(
@@ -181,23 +186,26 @@ def find(
         return None
 
     def launch(table: Table, scalars: tuple[float, ...], look: bool) -> None:
-        ragged = table.rows[:, STARTS] != 0
-        one, taken = _ones(table.device)
-        if table.ok is not None:
-            taken = table.ok.view(torch.uint8)
-        for cut, rows in ((True, table.rows[ragged]), (False, table.rows[~ragged])):
-            if not len(rows):
-                continue
-            programs = _programs(rows[:, COLUMN_TILES].tobytes(), table.device)
-            given = torch.from_numpy(rows)
-            if table.device.type == "cuda":  # without waiting for it
-                given = given.pin_memory().to(table.device, non_blocking=True)
+        one = _ones(table.device)[0]
+        for ragged, rows, programs in launches(table.rows, table.device):
             step_kernel[(len(programs),)](
-                given, programs, one, taken, *scalars, *[0.0] * (7 - len(scalars)), **chosen,
-                RAGGED=cut, AGREED=table.agreed and not look, LOOK=look, num_warps=4, enable_fp_fusion=False,
+                rows, programs, one, flag(table.ok, table.device), *scalars, *[0.0] * (7 - len(scalars)), **chosen,
+                RAGGED=ragged, AGREED=table.agreed and not look, LOOK=look, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
 
     return launch
+
+
+def launches(rows: np.ndarray, device: torch.device) -> Iterator[tuple[bool, Tensor, Tensor]]:
+    """What is launched for some rows: those whose tiles have any length (True), those that have whole tiles; with both, as
+    far as there are any, the rows and their programs on the device."""
+    ragged = rows[:, STARTS] != 0
+    for kind, alike in ((True, rows[ragged]), (False, rows[~ragged])):
+        if len(alike):
+            given = torch.from_numpy(alike)
+            if device.type == "cuda":  # without waiting for it
+                given = given.pin_memory().to(device, non_blocking=True)
+            yield kind, given, _programs(alike[:, COLUMN_TILES].tobytes(), device)
 
 
 @lru_cache(maxsize=256)
@@ -208,6 +216,11 @@ def _programs(counts: bytes, device: torch.device) -> Tensor:
     jobs = np.repeat(np.arange(len(tiles)), each)
     first = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)
     return torch.from_numpy(np.stack([jobs, first * TILES], axis=1).astype(np.int32)).to(device)
+
+
+def flag(ok: Tensor | None, device: torch.device) -> Tensor:
+    """The byte that is 0 where a step is not taken, of `jobs.Table.ok`."""
+    return _ones(device)[1] if ok is None else ok.view(torch.uint8)
 
 
 @lru_cache(maxsize=16)

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.comm.groups import Domain
+from distopt.kernels import state_kernels
 from distopt.matrix.triangle import pack, unpack
 from distopt.plan.tiles import BLOCK, CHUNK, GPU_CHUNK, Tiles
+from distopt.state import transcode
 from distopt.state.allocation import allocate
 from distopt.state.codecs.base import FLOOR, Codec
 from distopt.state.commit import put
@@ -108,6 +110,9 @@ class Coded:
 
     def decode(self, span: Span) -> Tensor:
         """The values of a span in fp32, flat."""
+        kernels = state_kernels(self.device)
+        if kernels is not None:
+            return transcode.decode(kernels, [(self, [span])])[0]
         codes = self.codec.unpack(self.stored[span.stored], span.elements.stop - span.elements.start)
         if not self.codec.scaled:
             return self.codec.decode(codes, codes)
@@ -118,6 +123,10 @@ class Coded:
 
     def encode(self, span: Span, values: Tensor, agreed: Agreed | None, key: Key, ok: Tensor | None = None) -> None:
         """Store the values of a span (fp32, flat); see `put` for `ok`."""
+        kernels = state_kernels(self.device)
+        if kernels is not None:
+            transcode.encode(kernels, [(self, [span], values, agreed, key)], ok)
+            return
         noise = self._noise(span, key)
         if not self.codec.scaled:
             put(self.stored[span.stored], self.codec.encode(values, values, noise), ok)
@@ -141,16 +150,13 @@ class Coded:
 
     def read(self) -> Tensor:
         """All values in fp32, flat."""
-        parts = [self.decode(span) for span in self.spans]
-        return torch.cat(parts) if parts else torch.empty(0, device=self.device)
+        return self._read(self.spans)
 
     def run(self, part: slice) -> Tensor:
         """The values of a run of elements in fp32, flat."""
         spans = [s for s in self.spans if s.elements.start < part.stop and s.elements.stop > part.start]
-        if not spans:
-            return torch.empty(0, device=self.device)
-        first = spans[0].elements.start
-        return torch.cat([self.decode(span) for span in spans])[part.start - first : part.stop - first]
+        first = spans[0].elements.start if spans else part.start
+        return self._read(spans)[part.start - first : part.stop - first]
 
     def matrix(self) -> Tensor:
         """All values in fp32, in their shape."""
@@ -158,6 +164,10 @@ class Coded:
 
     def write(self, values: Tensor, agreed: Agreed | None, key: Key, ok: Tensor | None = None) -> None:
         """Store all values (fp32, flat); see `put` for `ok`."""
+        kernels = state_kernels(self.device)
+        if kernels is not None:
+            transcode.encode(kernels, [(self, self.spans, values, agreed, key)], ok)
+            return
         for span in self.spans:
             self.encode(span, values[span.elements], agreed, key, ok)
 
@@ -174,12 +184,23 @@ class Coded:
 
     def cut_maxima(self, values: Tensor | None) -> Tensor:
         """The maxima of the cut tiles in these values (flat, all), in the order of `tiles.cuts`; zeros without values."""
-        found = torch.zeros(len(self.tiles.cuts), device=self.device)
+        found, kernels = torch.zeros(len(self.tiles.cuts), device=self.device), state_kernels(self.device)
+        if values is not None and kernels is not None and len(found):
+            maxima = transcode.maxima(kernels, self, [span for span in self.spans if self.is_cut(span)], values)
+            return maxima[torch.from_numpy(self.tiles.cuts).to(self.device)]
         if values is not None:
             for span in self.spans:
                 if self.is_cut(span):
                     self.note_cuts(span, values[span.elements], found)
         return found
+
+    def _read(self, spans: list[Span]) -> Tensor:
+        """The values of a run of spans."""
+        kernels = state_kernels(self.device)
+        if kernels is not None:
+            return transcode.decode(kernels, [(self, spans)])[0]
+        parts = [self.decode(span) for span in spans]
+        return torch.cat(parts) if parts else torch.empty(0, device=self.device)
 
     def _spread(self, span: Span, per_tile: Tensor) -> Tensor:
         """One value per tile to one per element."""
@@ -209,6 +230,24 @@ class Packed(Coded):
 
     def write(self, values: Tensor, agreed: Agreed | None, key: Key, ok: Tensor | None = None) -> None:
         super().write(pack(values.view(1, *self.shape)).view(-1), agreed, key, ok)
+
+
+def read_all(stores: Sequence[Any]) -> list[Tensor]:
+    """All values of each of these stores, in pages or not, in fp32, flat; by one launch per codec where kernels read them."""
+    kernels = state_kernels(stores[0].device) if stores else None
+    if kernels is None or any(type(store) is not Coded for store in stores):
+        return [store.read() for store in stores]
+    return transcode.decode(kernels, [(store, store.spans) for store in stores])
+
+
+def write_all(given: Sequence[tuple[Any, Tensor, Agreed | None, Key]], ok: Tensor | None = None) -> None:
+    """Store all values (fp32, flat) of each of these stores, in pages or not; see `read_all`, and `put` for `ok`."""
+    kernels = state_kernels(given[0][0].device) if given else None
+    if kernels is None or any(type(store) is not Coded for store, *_ in given):
+        for store, values, agreed, key in given:
+            store.write(values, agreed, key, ok)
+        return
+    transcode.encode(kernels, [(store, store.spans, *rest) for store, *rest in given], ok)
 
 
 def agree(

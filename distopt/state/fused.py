@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from distopt.kernels.jobs import (
     Table,
     table,
 )
-from distopt.plan.tiles import BLOCK, Tiles
+from distopt.plan.tiles import BLOCK
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, StateView
 from distopt.state.codecs.base import FLOOR, Codec
@@ -38,6 +38,7 @@ from distopt.state.coded import Agreed, Coded
 from distopt.state.lying import Lying
 from distopt.state.master import Master
 from distopt.state.noise import Key
+from distopt.state.transcode import tile_edges
 from distopt.state.units import Section, Unit, Units
 
 Stepped = tuple[str, tuple[Codec, ...], torch.dtype, Master | None]
@@ -190,7 +191,7 @@ class Fused:
         rows[:, WEIGHT] = rows[:, GRAD] * unit.windows[0].param.element_size()
         rows[:, NUMEL] = end - begin
         rows[:, TILES] = ends.clip(section.tiles.start, section.tiles.stop) - section.tiles.start - tile
-        starts = _tile_starts(section.shape, _device(section))
+        starts = tile_edges(section.shape, _device(section))
         if starts is not None:
             rows[:, STARTS] = starts.data_ptr() + 8 * tile
         if section.rest is not None:
@@ -237,14 +238,6 @@ def _is_even(store: Coded) -> bool:
             for span in store.spans
         )
     )
-
-
-@lru_cache(maxsize=4096)
-def _tile_starts(tiles: Tiles, device: torch.device) -> Tensor | None:
-    """Where tiles begin among the elements, and where the last one ends; None where all have BLOCK elements."""
-    if tiles.lengths is None:
-        return None
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(tiles.lengths, dtype=np.int64)])).to(device)
 
 
 def _triton(

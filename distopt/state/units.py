@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.comm.groups import Domain, Domains
+from distopt.kernels import state_kernels
 from distopt.plan.buckets import GroupPlan
 from distopt.plan.tiles import join_tiles, local_tiles, shared_tiles, tile_starts
 from distopt.rule import State
@@ -107,13 +108,17 @@ class Unit:
         weight = self.windows[self.members.index(number)].weight()
         if self.master is None or self.rest is None:
             return weight.float()
-        return self.master.join(weight, self.rest[self.parts[number]])
+        rest, kernels = self.rest[self.parts[number]], state_kernels(weight.device)
+        return self.master.join(weight, rest) if kernels is None else kernels.join(weight, rest)
 
     def set_weight(self, number: int, value: Tensor, ok: Tensor | None = None) -> None:
         """Give a parameter its fp32 weights; its window is to be finished afterwards. See `put` for `ok`."""
         weight = self.windows[self.members.index(number)].weight()
         if self.master is not None and self.rest is not None:
-            part = self.parts[number]
+            part, kernels = self.parts[number], state_kernels(weight.device)
+            if kernels is not None and isinstance(self.rest, Tensor):
+                kernels.split(value, weight, self.rest[part], ok)
+                return
             value, rest = self.master.split(value, weight.dtype)
             self.rest[part] = rest if ok is None else torch.where(ok, rest, self.rest[part])
         put(weight, value, ok)

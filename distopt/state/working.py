@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distopt.comm.groups import Domain
-from distopt.state.coded import agree
+from distopt.state.coded import Coded, agree, read_all, write_all
 from distopt.state.noise import Key
 from distopt.state.units import MASTER, Units
 from distopt.state.windows import Window
@@ -34,6 +34,17 @@ class Working:
             self._flats[number, name] = self.units.read(number, None, name)
         return self._flats[number, name]
 
+    def open(self, numbers: Iterable[int]) -> None:
+        """Decode the states of these parameters at once, as far as they do not lie in pages."""
+        units = {number: self.units.of[number] for number in numbers if number in self.units.of}
+        coming = {
+            (number, name): store
+            for number, unit in units.items()
+            for name, store in unit.stores.items()
+            if type(store) is Coded and (number, name) not in self._flats
+        }
+        self._flats |= dict(zip(coming, read_all(list(coming.values()))))
+
     def weight(self, number: int) -> Tensor:
         """The weights of a parameter, flat: in fp32 where master weights are kept, else as they are stored."""
         unit = self.units.of.get(number)
@@ -55,9 +66,10 @@ class Working:
         flats = [self.state(number, name) for number, name in key]
         found = [(store, count, store.cut_maxima(flat)) for store, count, flat in zip(stores, slots, flats)]
         agreed = yield from agree(domain, found, device)
-        for (number, name), store, flat, maxima in zip(key, stores, flats, agreed):
-            store.write(flat, maxima, self.key(name), self.ok)
-            del self._flats[number, name]
+        keys = [self.key(name) for _, name in key]
+        write_all(list(zip(stores, flats, agreed, keys)), self.ok)
+        for one in key:
+            del self._flats[one]
         for number in numbers:
             if (number, MASTER) in self._flats:
                 self.units.of[number].set_weight(number, self._flats.pop((number, MASTER)), self.ok)

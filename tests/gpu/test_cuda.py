@@ -2,14 +2,19 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import distopt
+from distopt import bucket
 from distopt.matrix.newton_schulz import orthogonalize
+from distopt.plan.tiles import whole_tiles
 from distopt.rules import RULES
-from distopt.state import fused
+from distopt.state import coded, fused, units
+from distopt.state.codecs import CODECS
+from distopt.state.noise import Key
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -57,6 +62,42 @@ def test_stretches_of_rules_are_one_kernel_each(monkeypatch: pytest.MonkeyPatch)
         param.grad = torch.randn_like(param)
         getattr(distopt, RULES[rule])([param]).step()
         assert len(launched) == expected, rule
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+@pytest.mark.parametrize(("cols", "signed"), [(256, True), (301, False)])
+def test_states_are_read_and_written_as_the_codecs_text_does(codec: str, signed: bool, cols: int) -> None:
+    x = torch.randn(37 * cols) * torch.randn(37 * cols).exp()
+    x, tiles, ran = x if signed else x.square(), whole_tiles(37, cols), []
+    for device in ("cuda", "cpu"):
+        starts = np.arange(tiles.count) * 1000
+        store = coded.Coded(CODECS[codec](signed), tiles, torch.device(device), 0.0, starts)
+        store.write(x.to(device), None, Key(0, 3, "x"))
+        ran.append((store.stored.cpu().view(torch.uint8), store.scales.cpu(), store.read().cpu()))
+    (codes, scales, values), (other, others, expected) = ran
+    assert torch.equal(scales, others)
+    assert codes.ne(other).float().mean() <= 2e-3, "roots of torch's are off by one bit here and there"
+    assert (values - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("master", ["bits8", "bits16", "fp32"])
+def test_muon_on_coded_states_equals_the_text(master: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for text in (False, True):
+        if text:
+            for module in (coded, units):
+                monkeypatch.setattr(module, "state_kernels", lambda device: None)
+            monkeypatch.setattr(bucket, "stretch_kernels", lambda device: {})
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(300, n, generator=generator).cuda().bfloat16()) for n in (40, 301)]
+        optimizer = distopt.Muon(params, lr=1e-2, state_codec="int8", master_codec=master, ns_dtype=torch.float32)
+        for _ in range(4):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator).cuda().bfloat16()
+            optimizer.step()
+        ran.append([weight for _, weight in optimizer._bind().master_weights()])
+    for mine, other in zip(*ran):
+        assert (mine - other).norm() <= 1e-3 * other.norm()
 
 
 def test_soap_on_cuda_is_finite_and_moves() -> None:

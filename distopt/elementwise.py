@@ -72,8 +72,10 @@ class BoundElementwise:
         ]
         self.units = Units(plan, units, domains, device, None, pager)
         exact = [i for i in range(len(windows)) if i not in self.units.of]
-        self.placed = self._place([i for i in exact if windows[i].param.dtype == torch.float32], states)
-        exact = [i for i in exact if self.placed is None or i not in self.placed.numbers]
+        # The last ones first: their gradients are what the verdict has left in cache.
+        self.placed = self._place([i for i in exact[::-1] if windows[i].param.dtype == torch.float32], states)
+        placed = set(self.placed.numbers if self.placed is not None else ())
+        exact = [i for i in exact if i not in placed]
         self.small = sorted((i for i in exact if windows[i].numel < SMALL), key=lambda i: windows[i].holders)
         self.large = [i for i in exact if windows[i].numel >= SMALL]
         packed = sum(windows[i].numel for i in self.small)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import sys
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-HUGE_PAGE = 1 << 21
+LARGE = 1 << 22
+"""Bytes from which a tensor surely has a huge page in it."""
 
 
 def allocate(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A flat tensor that nobody has written to. On Linux, on the CPU, it lies in huge pages as far as the system gives them on
-    request (`always` or `madvise` in /sys/kernel/mm/transparent_hugepage/enabled): with fewer page walks it is read faster."""
-    found = torch.empty(numel, dtype=dtype, device=device)
-    if found.is_cpu and sys.platform.startswith("linux"):
-        start, stop = (
-            -(-found.data_ptr() // HUGE_PAGE) * HUGE_PAGE,
-            (found.data_ptr() + found.nbytes) // HUGE_PAGE * HUGE_PAGE,
-        )
-        if start < stop:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_HUGEPAGE)
-    return found
+    """A flat tensor that nobody has written to. A large one on the CPU has, on Linux, memory of its own in huge pages as far as
+    the system gives them on request (`always` or `madvise` in /sys/kernel/mm/transparent_hugepage/enabled): with fewer page walks
+    it is read faster. What malloc gives may have been touched before, page by page."""
+    if device.type != "cpu" or numel * dtype.itemsize < LARGE or not sys.platform.startswith("linux"):
+        return torch.empty(numel, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)

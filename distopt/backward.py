@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from distopt.optimizer import Optimizer
 from distopt.rule import require
-from distopt.verdict import square_sum
+from distopt.verdict import added, on_device, square_sum
 
 
 class BackwardStepper:
@@ -45,7 +45,7 @@ class BackwardStepper:
         self.last_grad_norm: float | None = None
         self.skipped_steps = 0
         self._accumulating = self._measuring = False
-        self._squares: list[float] = []
+        self._squares: list[float | Tensor] = []
         self._scale: float | None = None if two_pass else 1.0
         trained = {param for group in optimizer.param_groups for param in group["params"]}
         lost = trained - set(model.parameters())
@@ -86,7 +86,7 @@ class BackwardStepper:
             yield 0
         finally:
             self._measuring = False
-        norm = self.optimizer.global_norm(math.fsum(self._squares))
+        norm = self.optimizer.global_norm(added(self._squares))
         self.last_grad_norm = norm
         if not math.isfinite(norm) and self.optimizer.engine["nonfinite"] == "raise":
             raise ValueError("a gradient is not finite; nothing was changed. Pass nonfinite='skip' to skip such steps")
@@ -111,7 +111,8 @@ class BackwardStepper:
             grad = param.grad
             assert grad is not None
             local = grad.to_local() if isinstance(grad, DTensor) else grad
-            self._squares.append(square_sum(local.reshape(-1)) * self.optimizer.share_of(param))
+            square = square_sum(local.reshape(-1)) if local.is_cpu else on_device([local])[0]
+            self._squares.append(square * self.optimizer.share_of(param))
         else:
             require(self._scale is not None, "two_pass=True: run backward within `for _ in stepper.passes():`")
             self.optimizer.step_parameter(param, self._scale or 0.0)

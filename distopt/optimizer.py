@@ -44,7 +44,8 @@ class Optimizer(torch.optim.Optimizer):
             ("skip"), or is not looked for (None: no extra pass; with max_grad_norm such a step is skipped all the same).
         missing_grad: a gradient that is there on some ranks only counts as zero ("zero") or raises ("raise"). One that
             is nowhere leaves its parameter untouched.
-        process_group: replicas (DDP) to partition states and work over; updated parameters are gathered.
+        process_group: replicas (DDP) to partition states and work over; updated parameters are gathered. Of a gradient, which
+            replicas have alike, each looks at what it steps and leaves that clipped: the rest of its copy is not used.
         norm_group: the ranks that the norm and the verdict are taken over, where that is more than the ranks that hold
             these parameters: one rank (or one set of shards) per pipeline stage. Replicas of plain parameters (DDP)
             among them would be counted each; give process_group= as well, or a group without them.

@@ -50,6 +50,13 @@ def on_device(flats: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(flat, dtype=torch.float64) for flat in wide]).square()
 
 
+def added(squares: Sequence[float | Tensor]) -> float:
+    """Their sum; those that are on a device (0-D, fp64) are waited for once."""
+    there = [square for square in squares if isinstance(square, Tensor)]
+    here = [square for square in squares if not isinstance(square, Tensor)]
+    return math.fsum([*here, torch.stack(there).sum().item()] if there else here)
+
+
 def _on_host(tensor: Tensor) -> float:
     if tensor.numel() == 0:
         return 0.0

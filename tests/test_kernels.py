@@ -224,6 +224,7 @@ def test_norms_on_a_device_are_those_on_the_host() -> None:
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx(expected, rel=1e-12)
     assert [verdict.square_sum(flat) for flat in flats] == pytest.approx(expected, rel=1e-4)
+    assert verdict.added([*found, *expected]) == pytest.approx(2 * sum(expected), rel=1e-12)
     assert not verdict.on_device([torch.tensor([1.0, torch.inf])]).isfinite()
     assert not verdict.on_device([torch.tensor([1.0, torch.nan])]).isfinite()
 

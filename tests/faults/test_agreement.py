@@ -305,6 +305,25 @@ def test_one_bad_number_on_one_rank_is_one_verdict_and_changes_nothing(
             assert skipped == 1
 
 
+def step_with_a_bad_copy() -> list[str]:
+    """What differs after rank 1 had a NaN in what rank 0 steps of a parameter."""
+    ran = []
+    for bad in (True, False):
+        laid, built = build("AdamW", "partitioned")
+        set_grads(laid, 1)
+        if bad and dist.get_rank() == 1:
+            grad = next(param.grad for param in laid.params.values() if param.numel() > 20)
+            assert grad is not None
+            grad.view(-1)[0] = float("nan")
+        built.step()
+        ran.append(snapshot(laid, built, partitioned=True))
+    return changes(*ran)
+
+
+def test_of_replicas_that_share_the_work_only_the_gradients_that_are_used_count() -> None:
+    assert pool(2).run(f"{HERE}:step_with_a_bad_copy") == [[], []]
+
+
 def step_unchecked() -> tuple[float | None, int, dict[str, bool]]:
     """With nonfinite=None: the norm, skipped steps, and which parameters are finite here after a bad step."""
     laid, built = build("AdamW", "fsdp", nonfinite=None)

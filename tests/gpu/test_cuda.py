@@ -100,6 +100,38 @@ def test_muon_on_coded_states_equals_the_text(master: str, monkeypatch: pytest.M
         assert (mine - other).norm() <= 1e-3 * other.norm()
 
 
+@pytest.mark.parametrize("options", [{}, {"state_codec": "int8", "master_codec": "bits8"}])
+@pytest.mark.parametrize("rule", ["sgd", "adamw", "lion", "adafactor", "muon"])
+def test_a_step_waits_for_nothing_and_the_device_leaves_out_a_bad_one(rule: str, options: dict[str, str]) -> None:
+    ran = []
+    for bad in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        dtype = torch.bfloat16 if options else torch.float32
+        params = [
+            nn.Parameter(torch.randn(shape, generator=generator).to("cuda", dtype))
+            for name, shape in SHAPES.items()
+            if name != "vector" or rule != "muon"
+        ]
+        optimizer = getattr(distopt, RULES[rule])(params, lr=1e-2, max_grad_norm=0.5, nonfinite="skip", **options)
+        for step in range(5):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator).to("cuda", dtype)
+            if step == 3 and bad:
+                params[0].grad[0, 0] = torch.nan  # type: ignore[index]
+            if step == 3 and not bad:
+                continue
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert optimizer.skipped_steps == bad
+        ran.append(
+            [*params, *(value for entry in optimizer.state_dict()["state"].values() for value in entry.values())]
+        )
+    assert all(map(torch.equal, *ran))
+
+
 def test_soap_on_cuda_is_finite_and_moves() -> None:
     weights = trained("soap", "cuda")
     assert all(weight.isfinite().all() for weight in weights.values())

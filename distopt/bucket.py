@@ -92,10 +92,7 @@ class BoundBucket:
             views.append(StateView({**slabs.tensors, **_decoded(slabs), **lying, **before}))
             h = self._values(rule, step, stack.shape, stack.turns)
             weights = {piece.param: working.weight(piece.param) for piece in stack.pieces}
-            grad = _load(grads, stack)
-            if working.ok is not None and rule.reach == "matrix":  # solvers may hang on a NaN, or raise
-                grad = torch.where(working.ok, grad, 0.0)
-            runs.append(rule.update(grad, _load(weights, stack), views[-1], h))
+            runs.append(rule.update(_load(grads, stack), _load(weights, stack), views[-1], h))
         for group, slabs in zip(bucket.owned, self.owned_slabs):
             views.append(StateView({**slabs.tensors, **_decoded(slabs)}))
             nothing = torch.empty((0, group.shape.rows, group.shape.cols), device=self.device)

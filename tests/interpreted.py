@@ -257,9 +257,10 @@ def optimize(codec: str, master: str, low: torch.dtype) -> None:
         mine = trained(find)
         assert [len(rows) for rows in launched] == [6, 5, 1, 5], "one call for all of the same age"
         launched.clear()
-        assert all(map(same, mine, trained(masked, defers=True)))
-        assert len(launched) == 6
-        launched.clear()
+        if master == "bits8":
+            assert all(map(same, mine, trained(masked, defers=True)))
+            assert len(launched) == 6
+            launched.clear()
         expected = trained(lambda self, unit: None)
     finally:
         fused.Fused.find, fused._native, fused.Table, bound.defers = find, native, Table, defers

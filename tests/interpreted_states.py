@@ -114,7 +114,10 @@ def optimize(rule: str, shapes: dict[str, tuple[int, ...]], together: int, optio
                 for name, param in named:
                     grad = torch.randn(param.shape, generator=generator).bfloat16()
                     param.grad = None if number == 1 and name == "other" else grad
+                versions = [param._version for _, param in named]
                 built.step()
+                changed = [param._version > old for old, (_, param) in zip(versions, named)]
+                assert changed == [param.grad is not None for _, param in named], "autograd hears of it"
         found = [group.units for group in built._bind().groups]
         stores = [s for one in found for unit in one.units for s in unit.stores.values()]
         return [param for _, param in named], stores + [s for one in found for s in one.owned.values()]

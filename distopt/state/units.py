@@ -118,6 +118,7 @@ class Unit:
             part, kernels = self.parts[number], state_kernels(weight.device)
             if kernels is not None and isinstance(self.rest, Tensor):
                 kernels.split(value, weight, self.rest[part], ok)
+                torch.autograd.graph.increment_version(weight)  # the kernel writes to an address
                 return
             value, rest = self.master.split(value, weight.dtype)
             self.rest[part] = rest if ok is None else torch.where(ok, rest, self.rest[part])

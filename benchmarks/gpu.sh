@@ -22,7 +22,7 @@ if [ "$dry" != --dry-run ]; then
   python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
 fi
 run 100 "tests on the device" python -m pytest tests/gpu tests/test_checkpoint_files.py -m gpu -q
-run 60 "kernels compiled ahead of time" python -m tests.ahead_of_time
+run 69 "kernels compiled ahead of time" python -m tests.ahead_of_time
 run 60 "fused steps" python -m benchmarks.gpu_kernels
 run 30 "AdamW fp32" python -m benchmarks.adamw_step --device cuda
 run 45 "int8 and small tensors" python -m benchmarks.int8_step --device cuda

@@ -81,11 +81,11 @@ def weight_kernel(x, param, rest, joined, COUNT: tl.constexpr, WEIGHT: tl.conste
                   JOIN: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """Weights split as they are stored, and joined again."""
     at = tl.arange(0, COUNT)
-    low, high = SPLIT(tl.load(x + at))
+    low, high = SPLIT(tl.load(x + at), REST)
     param = param.to(tl.pointer_type(WEIGHT))
     tl.store(param + at, low)
     if REST is not None:
-        tl.store(rest + at, high.to(REST))
+        tl.store(rest + at, high)
         tl.store(joined + at, JOIN(tl.load(param + at), tl.load(rest + at)))
     else:
         tl.store(joined + at, JOIN(tl.load(param + at), low))

@@ -202,7 +202,7 @@ def join_fp32(param, rest):
 
 
 @triton.jit
-def split_fp32(x):
+def split_fp32(x, REST: tl.constexpr):
     return x, x
 
 
@@ -212,7 +212,7 @@ def join_bf16(param, rest):
 
 
 @triton.jit
-def split_bf16(x):
+def split_bf16(x, REST: tl.constexpr):
     return narrow(x), x
 
 
@@ -222,40 +222,22 @@ def join_copy(param, rest):
 
 
 @triton.jit
-def _join_bits(param, rest, SHIFT: tl.constexpr):
+def join_bits(param, rest):
+    shift: tl.constexpr = 16 - rest.dtype.primitive_bitwidth
     upper = param.to(tl.int32)
     rest = tl.where((upper & 0x7FFF) == 0, 0, rest.to(tl.int32))
-    return ((upper << 16) + (rest << SHIFT)).to(tl.float32, bitcast=True)
+    return ((upper << 16) + (rest << shift)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _split_bits(x, SHIFT: tl.constexpr):
+def split_bits(x, REST: tl.constexpr):
+    shift: tl.constexpr = 16 - REST.primitive_bitwidth
     bits = x.to(tl.int32, bitcast=True)
-    if SHIFT > 0:
-        bits = ((bits + (1 << (SHIFT - 1))) >> SHIFT) << SHIFT
+    if shift > 0:
+        bits = ((bits + (1 << (shift - 1))) >> shift) << shift
     upper = (bits + 0x8000) >> 16
-    rest = (bits - (upper << 16)) >> SHIFT
-    return upper.to(tl.int16), tl.where((upper & 0x7FFF) == 0, 0, rest)
-
-
-@triton.jit
-def join_bits8(param, rest):
-    return _join_bits(param, rest, 8)
-
-
-@triton.jit
-def split_bits8(x):
-    return _split_bits(x, 8)
-
-
-@triton.jit
-def join_bits16(param, rest):
-    return _join_bits(param, rest, 0)
-
-
-@triton.jit
-def split_bits16(x):
-    return _split_bits(x, 0)
+    rest = (bits - (upper << 16)) >> shift
+    return upper.to(tl.int16), tl.where((upper & 0x7FFF) == 0, 0, rest).to(REST)
 
 
 @triton.jit
@@ -264,7 +246,7 @@ def join_fp16(param, rest):
 
 
 @triton.jit
-def split_fp16(x):
+def split_fp16(x, REST: tl.constexpr):
     return x.to(tl.float16), x
 
 
@@ -282,41 +264,24 @@ def _ulp16(param):
 
 
 @triton.jit
-def _join_error(param, rest, BITS: tl.constexpr):
-    return param.to(tl.float32) + rest.to(tl.float32) * (_ulp16(param) * (1.0 / (1 << BITS)))
+def join_error(param, rest):
+    share: tl.constexpr = 1.0 / (1 << rest.dtype.primitive_bitwidth)
+    return param.to(tl.float32) + rest.to(tl.float32) * (_ulp16(param) * share)
 
 
 @triton.jit
-def _split_error(x, BITS: tl.constexpr):
+def split_error(x, REST: tl.constexpr):
     param = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
-    most: tl.constexpr = (1 << (BITS - 1)) - max(1, (1 << BITS) >> 13)
-    share = tl.div_rn(x - param.to(tl.float32), _ulp16(param)) * (1 << BITS)
-    return param, nearest(tl.minimum(tl.maximum(share, -most), most))
-
-
-@triton.jit
-def join_error8(param, rest):
-    return _join_error(param, rest, 8)
-
-
-@triton.jit
-def split_error8(x):
-    return _split_error(x, 8)
-
-
-@triton.jit
-def join_error16(param, rest):
-    return _join_error(param, rest, 16)
-
-
-@triton.jit
-def split_error16(x):
-    return _split_error(x, 16)
+    whole: tl.constexpr = 1 << REST.primitive_bitwidth
+    most: tl.constexpr = whole // 2 - max(1, whole >> 13)
+    share = tl.div_rn(x - param.to(tl.float32), _ulp16(param)) * whole
+    return param, nearest(tl.minimum(tl.maximum(share, -most), most)).to(REST)
 
 
 @dataclass(frozen=True)
 class TritonWeights:
-    """How weights are stored: dtype of the parameter, of what it lacks of fp32 (None: nothing is kept), functions."""
+    """How weights are stored: dtype of the parameter, of what it lacks of fp32 (None: nothing is kept), functions, of which
+    `split` is told that."""
 
     dtype: Any
     rest: Any
@@ -328,11 +293,11 @@ WEIGHTS = {
     ("float32", None): TritonWeights(tl.float32, None, join_fp32, split_fp32),
     ("bfloat16", None): TritonWeights(tl.int16, None, join_bf16, split_bf16),
     ("bfloat16", "float32"): TritonWeights(tl.int16, tl.float32, join_copy, split_bf16),
-    ("bfloat16", "int8"): TritonWeights(tl.int16, tl.int8, join_bits8, split_bits8),
-    ("bfloat16", "int16"): TritonWeights(tl.int16, tl.int16, join_bits16, split_bits16),
+    ("bfloat16", "int8"): TritonWeights(tl.int16, tl.int8, join_bits, split_bits),
+    ("bfloat16", "int16"): TritonWeights(tl.int16, tl.int16, join_bits, split_bits),
     ("float16", None): TritonWeights(tl.float16, None, join_fp16, split_fp16),
     ("float16", "float32"): TritonWeights(tl.float16, tl.float32, join_fp16_copy, split_fp16),
-    ("float16", "int8"): TritonWeights(tl.float16, tl.int8, join_error8, split_error8),
-    ("float16", "int16"): TritonWeights(tl.float16, tl.int16, join_error16, split_error16),
+    ("float16", "int8"): TritonWeights(tl.float16, tl.int8, join_error, split_error),
+    ("float16", "int16"): TritonWeights(tl.float16, tl.int16, join_error, split_error),
 }
 """(dtype of the parameter, of the rest) → its functions."""

@@ -57,9 +57,9 @@ def split_kernel(x, param, rest, taken, numel, SPLIT: tl.constexpr, COUNT: tl.co
     """The reverse, where the byte `taken` is not 0."""
     at = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     mask = at < numel * tl.load(taken)
-    low, high = SPLIT(tl.load(x + at, mask=mask, other=0.0))
+    low, high = SPLIT(tl.load(x + at, mask=mask, other=0.0), rest.dtype.element_ty)
     tl.store(param + at, low, mask=mask)
-    tl.store(rest + at, high.to(rest.dtype.element_ty), mask=mask)
+    tl.store(rest + at, high, mask=mask)
 
 
 def options(codec: str, *, signed: bool, write: bool) -> dict[str, Any]:

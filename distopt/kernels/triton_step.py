@@ -151,10 +151,10 @@ def step_kernel(rows, programs, coefficient, taken, s0, s1, s2, s3, s4, s5, s6,
         store_state(b, row, index, tile, mask, inside, 8, CODE_B, ENCODE_B, SCALED_B, STOCHASTIC_B, PACKED_B, RAGGED,
                     AGREED, LOOK, 14, 12, COUNT, SPAN)  # fmt: skip
     if not LOOK:
-        param, rest = SPLIT(w)
+        param, rest = SPLIT(w, REST)
         tl.store(pointer(row, 0, WEIGHT) + index, param, mask=mask)
         if REST is not None:
-            tl.store(pointer(row, 11, REST) + index, rest.to(REST), mask=mask)
+            tl.store(pointer(row, 11, REST) + index, rest, mask=mask)
 
 
 def options(

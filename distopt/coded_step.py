@@ -29,6 +29,7 @@ from distopt.state.fused import Fused
 from distopt.state.lying import Lying
 from distopt.state.noise import Key
 from distopt.state.units import Section, Unit, Units
+from distopt.state.windows import wide
 
 Exact = Callable[[Tensor, Tensor, dict[str, Tensor]], None]
 
@@ -235,20 +236,23 @@ def step_units(
     exact: Exact | None = None,
     lying: Lying | None = None,
     ok: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> None:
     """Step every unit with these gradients (contiguous, by parameter number), or feed them to the rule as what is `observed`;
     members that are `inert` are left alone, and so are the states of the group, `scalars`. `exact` is the kernel for
     weights, gradients and states that are all fp32, which knows of `ok` (see `put`); `lying` knows where weights and gradients
-    lie."""
+    lie. By `factor` gradients of lower precision are yet to be multiplied, which kernels do."""
     h = step_values(rule, step, Shape(1, 1, 1), gpu)
     stepping = [unit for unit in units.units if not inert.issuperset(unit.members)]
     keys = partial(Key, units.plan.storage.seed, step)
-    kernels = Fused(rule, h, grads, inert, keys, units.allowed, lying, ok) if observed is None else None
+    kernels = Fused(rule, h, grads, inert, keys, units.allowed, lying, ok, factor) if observed is None else None
     coded = [unit for unit in stepping if not _is_plain(unit)]
     fused = {id(unit): kernel for unit in coded if kernels and (kernel := kernels.find(unit))}
     exact = exact if observed is None else None
     taken = _Step(rule, h, keys, kernels, fused, scalars, observed, exact, ok)
     rest = [unit for unit in stepping if id(unit) not in fused and not unit.hosted]
+    if factor is not None:
+        grads = grads | {i: wide(grads[i], factor) for unit in rest for i in unit.members}
     active = {id(unit): _Flat(unit, grads, inert, fused=exact is not None) for unit in rest}
     everything = [(unit, section) for unit in stepping for section in unit.sections]
     moving, hosted = ([one for one in everything if one[1].hosted == there] for there in (False, True))

@@ -106,6 +106,9 @@ class BoundElementwise:
         self._flat = self._plain is not None and all(param.ndim == 1 for param in self._plain)
         self._alone = {i: local_tensor(windows[i].param).numel() for i in [*self.large, *sorted(self.units.of)]}
         self._factor = 1.0  # of the gradients of what is placed
+        self._left: Tensor | None = (
+            None  # the factor of gradients of lower precision in units, if that is on the device
+        )
 
     def _place(self, numbers: list[int], states: dict[str, State]) -> Placed | None:
         """Make the states of what a compiled kernel steps where it is, if there are enough of these parameters."""
@@ -130,7 +133,7 @@ class BoundElementwise:
         Raises:
             ValueError: a parameter is no longer what was bound, or has a sparse gradient.
         """
-        self._factor = 1.0
+        self._factor, self._left = 1.0, None
         self._found = self.lying if self.lying is not None and self.lying.find(grads) else None
         if self._found is None:
             refuse_sparse(self.windows, grads)
@@ -211,7 +214,16 @@ class BoundElementwise:
             assert isinstance(factor, float)
             self.placed.scale(factor)
         torch.mul(self.grads, factor, out=self.grads)
-        self._take(scaled(list(self._large_grads.values()), factor))
+        # A factor on the device is read by kernels: gradients of lower precision would need an fp32 copy, in every step.
+        self._left = factor if isinstance(factor, Tensor) else None
+        left = {
+            i: grad
+            for i, grad in self._large_grads.items()
+            if self._left is not None and i in self.units.of and grad.dtype != torch.float32
+        }
+        now = {i: grad for i, grad in self._large_grads.items() if i not in left}
+        left |= zip(now, scaled(list(now.values()), factor))
+        self._take([left[i] for i in self._large_grads])
         self._return_grads()
 
     def negate(self) -> None:
@@ -282,10 +294,8 @@ class BoundElementwise:
                 kernel(rule, step, *lists, found_inf)
 
         stepped = exact if kernel is not None else None
-        lying = self._found
-        step_units(
-            self.units, rule, step, inert, self._large_grads, self.gpu, self.scalars, exact=stepped, lying=lying, ok=ok
-        )
+        given = self.units, rule, step, inert, self._large_grads, self.gpu, self.scalars
+        step_units(*given, exact=stepped, lying=self._found, ok=ok, factor=self._left)
         if self.scalars and final:
             nothing = torch.empty(0, device=self.device)
             view = StateView({**dict.fromkeys(self.slabs, nothing), **self.scalars})

@@ -176,7 +176,11 @@ def compare(
         for state, kept_state in zip(job.states, old.states):
             assert same(state.codes, kept_state.codes)
             assert same(state.scales, kept_state.scales)
-    kernel(steps if ragged else replace(steps, ok=torch.tensor(True)), known.scalars, False)
+    if not ragged:
+        for job in jobs:
+            job.grad.mul_(2)
+        steps = replace(steps, ok=torch.tensor(True), factor=torch.tensor(0.5))
+    kernel(steps, known.scalars, False)
     for job, (new, new_states, lengths, numbers) in zip(jobs, expected):
         weight = kept.join(job.weight, job.rest) if kept else job.weight.float()
         unit = 2**-8 if low == torch.bfloat16 else 2**-11
@@ -212,6 +216,7 @@ def same(one: Tensor | None, other: Tensor | None) -> bool:
 def optimize(codec: str, master: str, low: torch.dtype) -> None:
     """An optimizer's steps by the kernel, one launch for all whole tensors and one for the others, beside the rule's text."""
     find, native, defers, launched = fused.Fused.find, fused._native, bound.defers, []
+    factors: list[Tensor | None] = []
     shapes = {
         "wide": (40, 256),
         "ragged": (37, 100),
@@ -223,6 +228,7 @@ def optimize(codec: str, master: str, low: torch.dtype) -> None:
 
     def launch(rows: np.ndarray, *others: object) -> Table:
         launched.append(rows)
+        factors.append(others[-1])
         return Table(rows, *others)
 
     def masked(self: Any, unit: Any) -> Any:
@@ -233,11 +239,12 @@ def optimize(codec: str, master: str, low: torch.dtype) -> None:
             self.ok = ok
 
     def trained(find: Any, *, defers: bool = False) -> list[Tensor]:
-        """With a step more, which is not taken, if it `defers`."""
+        """With gradients times 1, from the device, and a step more, which is not taken, if it `defers`."""
         fused.Fused.find, generator = find, torch.Generator().manual_seed(0)
         bound.defers = lambda *_: defers
         params = {n: nn.Parameter(torch.randn(shape, generator=generator).to(low)) for n, shape in shapes.items()}
-        built = distopt.AdamW(params.items(), lr=1e-2, state_codec=codec, master_codec=master, nonfinite="skip")
+        options = {"nonfinite": "skip", "max_grad_norm": 1e9} if defers else {}
+        built = distopt.AdamW(params.items(), lr=1e-2, state_codec=codec, master_codec=master, **options)
         for number in range(3):
             if defers and number == 2:
                 for param in params.values():
@@ -260,6 +267,7 @@ def optimize(codec: str, master: str, low: torch.dtype) -> None:
         if master == "bits8":
             assert all(map(same, mine, trained(masked, defers=True)))
             assert len(launched) == 6
+            assert all(factor == 1 for factor in factors[-6:])
             launched.clear()
         expected = trained(lambda self, unit: None)
     finally:

@@ -42,13 +42,14 @@ class Job:
 class Table:
     """Jobs as they are handed over: `rows` int64 (jobs, WIDTH) on the host, where an address of 0 is nothing; whether any state
     has `agreed` scales; the `device` of what the addresses point to; whether gradients are fp32 (`wide`); `ok` (0-D, bool):
-    unless it holds, all stays as it is; None: it holds."""
+    unless it holds, all stays as it is; None: it holds; `factor` (0-D, fp32, there): of the gradients."""
 
     rows: np.ndarray
     agreed: bool
     device: torch.device
     wide: bool = True
     ok: Tensor | None = None
+    factor: Tensor | None = None
 
 
 CodedKernel = Callable[[Table, tuple[float, ...], bool], None]

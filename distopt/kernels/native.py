@@ -58,7 +58,7 @@ class Kernel:
 
     def __call__(self, table: Table, scalars: tuple[float, ...], look: bool, factor: float = 1.0) -> None:
         """Step with gradients times `factor`."""
-        assert table.ok is None, "the host knows whether it takes a step"
+        assert table.ok is None and table.factor is None, "the host knows whether it takes a step"
         numbers = np.zeros(FACTOR + 1, np.float32)
         numbers[: len(scalars)] = scalars
         numbers[FACTOR] = factor

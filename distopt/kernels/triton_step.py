@@ -186,10 +186,10 @@ def find(
         return None
 
     def launch(table: Table, scalars: tuple[float, ...], look: bool) -> None:
-        one = _ones(table.device)[0]
+        factor = _ones(table.device)[0] if table.factor is None else table.factor
         for ragged, rows, programs in launches(table.rows, table.device):
             step_kernel[(len(programs),)](
-                rows, programs, one, flag(table.ok, table.device), *scalars, *[0.0] * (7 - len(scalars)), **chosen,
+                rows, programs, factor, flag(table.ok, table.device), *scalars, *[0.0] * (7 - len(scalars)), **chosen,
                 RAGGED=ragged, AGREED=table.agreed and not look, LOOK=look, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
 

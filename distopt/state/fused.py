@@ -40,6 +40,7 @@ from distopt.state.master import Master
 from distopt.state.noise import Key
 from distopt.state.transcode import tile_edges
 from distopt.state.units import Section, Unit, Units
+from distopt.state.windows import wide
 
 Stepped = tuple[str, tuple[Codec, ...], torch.dtype, Master | None]
 """What a compiled kernel is for: the name of a rule, codecs of its states, dtype of weights and what is kept beside them."""
@@ -47,7 +48,8 @@ Stepped = tuple[str, tuple[Codec, ...], torch.dtype, Master | None]
 
 class Fused:
     """Kernels for the units of one step of a group; compiled ones only if they are `allowed` (None: all are), and if no `ok` on
-    the device is to be asked. `lying` knows where weights and gradients lie."""
+    the device is to be asked. `lying` knows where weights and gradients lie; by `factor` those of lower precision are yet to be
+    multiplied."""
 
     def __init__(
         self,
@@ -59,8 +61,9 @@ class Fused:
         allowed: frozenset[Stepped] | None = None,
         lying: Lying | None = None,
         ok: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> None:
-        self.lying, self.ok = lying, ok
+        self.lying, self.ok, self.factor = lying, ok, factor
         self.told, self.grads, self.inert, self.keys, self.allowed = told(rule, h), dict(grads), inert, keys, allowed
         self.weights: dict[int, Tensor] = {}
         self._grad_dtypes: dict[int, torch.dtype] = {}
@@ -76,7 +79,7 @@ class Fused:
         if self.lying is None:
             dtypes = {self.grads[i].dtype for i in unit.members if i not in self.inert}
         if len(dtypes) > 1:  # what is missing here and not elsewhere counts as zeros, which are fp32
-            self.grads |= {i: self.grads[i].float() for i in unit.members}
+            self.grads |= {i: wide(self.grads[i], self.factor) for i in unit.members}
             dtypes = {torch.float32}
         [grad] = dtypes
         self._grad_dtypes[id(unit)] = grad
@@ -173,7 +176,8 @@ class Fused:
             stepping &= [number not in self.inert for number in numbers]
         rows = rows if stepping.all() else rows[stepping]
         if len(rows):
-            given = Table(rows, bool(scales), _device(section), dtype == torch.float32, self.ok)
+            exact = dtype == torch.float32
+            given = Table(rows, bool(scales), _device(section), exact, self.ok, None if exact else self.factor)
             kernel(given, self.told.scalars, look)
 
     def _fixed(self, unit: Unit, section: Section) -> np.ndarray:

@@ -157,6 +157,11 @@ def scaled(tensors: list[Tensor], factor: float | Tensor) -> list[Tensor]:
     return [tensor if tensor.dtype == torch.float32 else tensor.float() * factor for tensor in tensors]
 
 
+def wide(grad: Tensor, factor: Tensor | None) -> Tensor:
+    """A gradient in fp32: what is so already, or what is of lower precision, times `factor`."""
+    return grad.float() if grad.dtype == torch.float32 or factor is None else grad.float() * factor
+
+
 def _raw(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 

@@ -158,9 +158,11 @@ class BoundElementwise:
         for i, numel in self._alone.items():
             window, grad = self.windows[i], grads[i]
             local = local_tensor(window.param)
-            if local.numel() != numel or local.is_cpu is self.gpu:
+            if local.numel() != numel or local.is_cpu is self.gpu or not local.data_ptr():
                 window.check(local.numel(), numel, self.device.type)
-            if grad is not None and not (i in self._simple and grad.is_contiguous()):
+                window.refuse_freed(local)
+            if grad is not None and not (i in self._simple and grad.is_contiguous() and grad.data_ptr()):
+                window.refuse_freed(grad, "the gradient of ")
                 grad = window.grad()
             if grad is None:
                 grad = torch.zeros(window.numel, device=self.device)

@@ -1,5 +1,7 @@
 """Weights and gradients that are found natively: what is stepped is what is stepped without, and what changed is seen."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -81,3 +83,43 @@ def test_what_is_not_as_it_was_is_not_found() -> None:
     assert lying.find([*grads[:-1], torch.randn(24).view(4, 6)])
     params[3].data = torch.randn(6, 4).t()
     assert not lying.find(grads)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}])
+@pytest.mark.parametrize("count", [MANY, 3])
+def test_a_gradient_whose_sign_is_not_in_memory_is_read_with_it(options: dict[str, Any], count: int) -> None:
+    ran = []
+    for copies in (False, True):
+        params = [nn.Parameter(torch.full(shape, 2.0)) for shape in [(3,), (1, 1), ()] * count]
+        built = distopt.AdamW([(f"p{i}", p) for i, p in enumerate(params)], lr=0.1, **options)
+        for _ in range(2):
+            for param in params:
+                z = torch.complex(torch.ones_like(param), param).conj()
+                param.grad = None
+                (z * (1 + 2j)).imag.sum().backward()  # type: ignore[no-untyped-call]
+                assert param.grad is not None
+                assert param.grad.is_neg() == (param.numel() == 1)
+                param.grad = param.grad.resolve_neg() if copies else param.grad
+            built.step()
+        ran.append([param.detach() for param in params])
+    assert all(map(torch.equal, *ran))
+
+
+@pytest.mark.parametrize("count", [MANY, 3])
+@pytest.mark.parametrize("options", [{}, {"nonfinite": None}])
+def test_coded_parameters_without_memory_are_refused(options: dict[str, Any], count: int) -> None:
+    params = [nn.Parameter(torch.randn(4, 600)) for _ in range(count)]
+    built = distopt.AdamW([(f"p{i}", p) for i, p in enumerate(params)], state_codec="int8", **options)
+    for param in params:
+        param.grad = torch.randn(4, 600)
+    built.step()
+    kept, grad = params[0].detach().clone(), params[1].grad
+    assert grad is not None
+    grad.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="the gradient of 'p1' has no memory"):
+        built.step()
+    params[1].grad = torch.randn(4, 600)
+    params[2].data.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="'p2' has no memory"):
+        built.step()
+    assert torch.equal(params[0], kept)

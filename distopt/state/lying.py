@@ -26,12 +26,16 @@ class Lying:
         self._types = np.array([TYPES[window.param.dtype] for window in windows], np.int64)
         self.weights, self.grads = np.zeros_like(self.numels), np.zeros_like(self.numels)
         self._holders = np.array([window.holders for window in windows])
+        self._single = np.flatnonzero(self.numels == 1).tolist()
         self.wide = all(param.dtype == torch.float32 and param.is_cpu for param in self.params)
 
     def find(self, grads: list[Tensor | None]) -> bool:
         """Whether every parameter is what it was when it was bound and has a gradient like it, both plain in memory; then their
         addresses are known."""
-        return not self._differ(self.params, self.weights) and not self._differ(grads, self.grads)
+        if self._differ(self.params, self.weights) or self._differ(grads, self.grads):
+            return False
+        # The sign of an imaginary part may not be in memory. Those of several elements are not contiguous.
+        return not any(grads[i].is_neg() for i in self._single)  # type: ignore[union-attr]
 
     def _differ(self, tensors: list[Any], addresses: np.ndarray) -> int:
         return self._many.look(tensors, self._device, self.numels, self._types, addresses)

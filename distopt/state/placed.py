@@ -61,9 +61,8 @@ class Placed:
 
     def _flat(self, window: Window, numel: int, given: Tensor | None) -> Tensor:
         """The gradient of a window, whose parameter has `numel` elements here."""
-        for tensor, what in ((window.param, ""), (given, "the gradient of ")):
-            if tensor is not None and local_tensor(tensor).numel() and not local_tensor(tensor).data_ptr():
-                raise ValueError(f"{what}{window.spec.name!r} has no memory now; was its storage freed?")
+        window.refuse_freed(window.param)
+        window.refuse_freed(given, "the gradient of ")
         window.check(local_tensor(window.param).numel(), numel, "cpu")
         grad = None if given is None else window.grad()
         if grad is None:

@@ -81,6 +81,15 @@ class Window:
                 f"on {here} now; build the optimizer after the model is moved or sharded"
             )
 
+    def refuse_freed(self, tensor: Tensor | None, what: str = "") -> None:
+        """Raise ValueError if the weights or the gradient (`what`: "the gradient of ") have no memory that a kernel can be
+        handed."""
+        local = None if tensor is None else local_tensor(tensor)
+        if local is not None and local.numel() and not local.data_ptr():
+            raise ValueError(
+                f"{what}{self.spec.name!r} has no memory of its own now; was its storage freed, or does it wrap other tensors?"
+            )
+
     def raw_shape(self) -> tuple[int, ...]:
         """Shape of `raw_weight` and `raw_grad`: the local shape, or flat for a part of it. What is only copied need not
         be flattened first, which costs more than the copy for small tensors."""
@@ -100,9 +109,9 @@ class Window:
         return flat.view(self.raw_shape())
 
     def writable_grad(self) -> bool:
-        """Whether there is a gradient, and each of its elements has memory of its own."""
+        """Whether there is a gradient, and each of its elements has memory of its own, with its sign."""
         grad = self.param.grad
-        return grad is not None and (grad.is_contiguous() or 0 not in grad.stride())
+        return grad is not None and (grad.is_contiguous() or 0 not in grad.stride()) and not grad.is_neg()
 
     def set_grad(self, value: Tensor) -> None:
         """Write this to the gradient, if that is there and lies elsewhere."""
@@ -137,7 +146,8 @@ class Window:
             assert isinstance(self.param, DTensor)
             if grad.placements != self.param.placements:
                 grad = grad.redistribute(placements=self.param.placements)
-        return local_tensor(grad).contiguous().view(-1)[self.start : self.stop]
+        # Complex numbers leave gradients of one element behind whose sign is not in memory.
+        return local_tensor(grad).resolve_neg().contiguous().view(-1)[self.start : self.stop]
 
 
 def refuse_sparse(windows: list[Window], grads: list[Tensor | None]) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import distopt
-from distopt.kernels import triton_states
+from distopt import bucket
+from distopt.kernels import triton_states, triton_stretches
 from distopt.plan.tiles import BLOCK, Tiles
-from distopt.state import coded, transcode, units
+from distopt.state import coded, units
 from distopt.state.codecs import CODECS
 from distopt.state.coded import Agreed, Coded, read_all, write_all
 from distopt.state.master import MASTERS
@@ -25,13 +26,15 @@ LENGTHS = (128, 44, 128, 101, 7, 128, 1, 128, 60, 128, 77)
 @contextmanager
 def kernels(*, there: bool) -> Iterator[None]:
     """As on a GPU, or as on a CPU."""
-    before = coded.state_kernels
+    before = coded.state_kernels, bucket.stretch_kernels
+    bucket.stretch_kernels = lambda device: triton_stretches.KERNELS if there else {}
     for module in (coded, units):
         module.state_kernels = lambda device: triton_states if there else None
     try:
         yield
     finally:
-        coded.state_kernels = units.state_kernels = before
+        coded.state_kernels, bucket.stretch_kernels = before
+        units.state_kernels = before[0]
 
 
 def store(name: str, *, signed: bool, ragged: bool, cuts: list[int]) -> Coded:
@@ -75,7 +78,8 @@ def compare(name: str, *, signed: bool, ragged: bool) -> None:
         write_all([(mine, values, known, key)])
         write_all([(more, values, None, key)])
         write_all([(mine, values, known, key), (more, values / 3, None, key)])
-        transcode.encode(triton_states, [(more, more.spans, values, None, key)], torch.tensor(False))
+        write_all([(more, values, None, key)], torch.tensor(False))
+        more.write(values, None, key, torch.tensor(False))
         same(mine, other)
         same(more, another)
         mine.stored.copy_(other.stored)
@@ -148,4 +152,5 @@ def main() -> None:
     optimize("Muon", shapes, 4, {"state_codec": "int8", "master_codec": "bits8", "ns_dtype": torch.float32})
     optimize("Muon", shapes, 4, {"state_codec": "int4", "ns_dtype": torch.float32})
     pair = {"square": (33, 33), "other": (33, 33)}
+    optimize("Adafactor", {"vector": (1500,), "wide": (9, 200)}, 1, {"state_codec": "int8", "master_codec": "bits16"})
     optimize("SOAP", pair, 5, {"state_codec": "bf16_sr", "precondition_frequency": 2})

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distopt
+from distopt import vanishing
 from distopt.deferred import Reading
 from distopt.verdict import on_device
 from tests.cases import Case, collect, show
@@ -274,6 +275,20 @@ def test_accumulated_and_zeroed_gradients_are_stepped_as_ever() -> None:
             optimizer.zero_grad(set_to_none=step % 2 == 0)
         ran.append([*params.values(), *optimizer.state_dict()["state"][0].values()])
     assert all(map(torch.equal, *ran))
+
+
+def test_a_step_that_was_not_taken_does_not_count_as_swallowed_by_rounding(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(vanishing, "EVERY", 2)
+    with deferring():
+        params, _ = build(CASES["sgd"], {})
+        low = {name: nn.Parameter(param.detach().bfloat16()) for name, param in params.items()}
+        optimizer = distopt.SGD(low.items(), lr=1.0, nonfinite="skip")
+        for step in range(4):
+            set_grads(low, step, bad=step == 1)
+            optimizer.step()
+    assert not [warning for warning in recwarn if "vanish" in str(warning.message)]
 
 
 def test_a_state_that_counts_failures_is_looked_at_without_waiting() -> None:

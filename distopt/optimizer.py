@@ -186,10 +186,10 @@ class Optimizer(torch.optim.Optimizer):
 
         In one process on an accelerator it waits for nothing there, but for solvers that do (`eigh`, inverse Newton): the
         device itself clips, and leaves everything as it is where a gradient is not finite. The error for that comes with
-        whatever is done next with the optimizer, the next step at the latest, and `last_grad_norm` and `skipped_steps`
-        wait until they are known. On several ranks all have to know of each other's gradients, and on CPU there is nothing
-        to wait for: there it is this call that raises. So it is where states are stepped on the host, and where those of
-        rules of whole matrices are paged.
+        whatever is done next with the optimizer, the next step at the latest; after the last step of a run read
+        `last_grad_norm`, or nobody hears of it. That and `skipped_steps` wait until they are known. On several ranks all have
+        to know of each other's gradients, and on CPU there is nothing to wait for: there it is this call that raises. So it
+        is where states are stepped on the host, and where those of rules of whole matrices are paged.
 
         Raises:
             ValueError: a hyperparameter out of range; a non-finite or missing gradient, where that is to raise. On every

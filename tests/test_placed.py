@@ -1,5 +1,8 @@
 """Many fp32 parameters, stepped where they are by one compiled call."""
 
+import math
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -249,3 +252,29 @@ def test_states_are_fp32_whatever_the_default_is() -> None:
         torch.set_default_dtype(torch.float32)
     assert other.state[twins[0]]["exp_avg"].dtype == torch.float32
     assert all(map(torch.equal, params, twins))
+
+
+STARVED = """
+import resource, torch, distopt
+from torch import nn
+from distopt.state.lying import MANY
+torch.set_num_threads(1)
+params = [nn.Parameter(torch.ones(10_000)) for _ in range(MANY)]
+built = distopt.AdamW([(f"p{i}", p) for i, p in enumerate(params)], lr=1e-2)
+for param in params:
+    param.grad = torch.ones_like(param)
+built.step()
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 20), -1))  # no stack has room
+torch.set_num_threads(4)
+built.step()
+print(built.last_grad_norm, params[-1][-1].item())
+"""
+
+
+def test_a_step_is_taken_where_the_system_has_no_threads_left() -> None:
+    done = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    norm, weight = map(float, done.stdout.split())
+    assert norm == pytest.approx(math.sqrt(10_000 * MANY))
+    assert weight == pytest.approx(0.98, rel=1e-3)  # two steps of lr

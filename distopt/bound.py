@@ -392,14 +392,14 @@ class Bound:
         """Remember the first gradient that a step has seen; see `accumulates`."""
         first = next((grad for grad in grads if grad is not None), None)
         if first is not None:
-            self._last_grad, self._last_version = weakref.ref(first), first._version
+            self._last_grad, self._last_version = weakref.ref(first), _version(first)
 
     def accumulates(self) -> bool:
         """Whether gradients have come since the last step: whether the first that there is is another, or not zero and
         written to."""
         grad = next((param.grad for param in self.params if param.grad is not None), None)
         taken = self._last_grad() if self._last_grad is not None else None
-        if grad is None or (grad is taken and grad._version == self._last_version):
+        if grad is None or (grad is taken and _version(grad) == self._last_version):
             return False
         return bool(local_tensor(grad).any())
 
@@ -444,3 +444,8 @@ class Bound:
         if work is not None:
             work.wait()
         return partial
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 for one of inference mode, which does not know."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -590,3 +590,13 @@ def test_plausible_mistakes_are_named() -> None:
         distopt.create_optimizer("AdamW", model, lr=0.1)
     with pytest.raises(TypeError, match="load its state_dict"):
         copy.deepcopy(distopt.LBFGS(model.parameters()))
+
+
+def test_gradients_that_were_made_in_inference_mode_are_stepped() -> None:
+    param = nn.Parameter(torch.zeros(4))
+    built = distopt.SGD([("a", param)], lr=1.0)
+    with torch.inference_mode():
+        param.grad = torch.ones(4)
+    for _ in range(2):
+        built.step()
+    assert torch.equal(param, torch.full((4,), -2.0))

@@ -21,16 +21,17 @@ run() { # run <seconds> <name> <command>…; what fails or takes too long is nam
 if [ "$dry" != --dry-run ]; then
   python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
 fi
-run 100 "tests on the device" python -m pytest tests/gpu tests/test_checkpoint_files.py -m gpu -q
+run 95 "tests on the device" python -m pytest tests/gpu tests/test_checkpoint_files.py -m gpu -q
 run 69 "kernels compiled ahead of time" python -m tests.ahead_of_time
 run 60 "fused steps" python -m benchmarks.gpu_kernels
 run 30 "AdamW fp32" python -m benchmarks.adamw_step --device cuda
 run 45 "int8 and small tensors" python -m benchmarks.int8_step --device cuda
-run 40 "pages" python -m benchmarks.paging --device cuda
+run 55 "pages" python -m benchmarks.paging --device cuda
 run 45 "Newton-Schulz" python -m benchmarks.newton_schulz --model llama3_8b --device cuda --rounds 5
-run 90 "60 seconds of training" torchrun --standalone --nproc-per-node 1 launch/pretrain.py --config configs/pretrain_60s.yaml
+run 75 "60 seconds of training" torchrun --standalone --nproc-per-node 1 launch/pretrain.py --config configs/pretrain_60s.yaml
 if [ "$dry" = --dry-run ]; then
   python -m benchmarks.gpu_kernels --dry-run || failed+=("gpu_kernels --dry-run")
+  python -m benchmarks.paging --dry-run || failed+=("paging --dry-run")
 fi
 
 if [ "${#failed[@]}" -gt 0 ]; then

@@ -278,3 +278,34 @@ def test_a_step_is_taken_where_the_system_has_no_threads_left() -> None:
     norm, weight = map(float, done.stdout.split())
     assert norm == pytest.approx(math.sqrt(10_000 * MANY))
     assert weight == pytest.approx(0.98, rel=1e-3)  # two steps of lr
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_gradients_are_scaled_once_as_they_are_stepped(maximize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> tuple[list[Tensor], bool]:
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+        built = distopt.AdamW([(f"p{i}", p) for i, p in enumerate(params)], lr=1e-2, maximize=maximize, nonfinite=None)
+        built.grad_scale, built.found_inf = torch.tensor(24.0), torch.tensor(0.0)
+        found = []
+        for number in range(3):
+            for i, param in enumerate(params):
+                grad = torch.randn(param.shape, generator=generator)
+                param.grad = None if number == 0 and i % 9 == 7 else grad  # which then are a step behind
+            versions = [-1 if param.grad is None else param.grad._version for param in params]
+            built.step()
+            grads = [param.grad for param in params if param.grad is not None]
+            assert all(p.grad is None or p.grad._version > v or not p.numel() for p, v in zip(params, versions))
+            found += [grad.clone() for grad in grads]
+        return [param.detach() for param in params] + found, built._bound.groups[0].placed is not None
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        mine, placed_here = run()
+        monkeypatch.setattr("distopt.elementwise.MANY", 10**9)
+        other, placed_there = run()
+    finally:
+        torch.set_num_threads(threads)
+    assert placed_here and not placed_there
+    assert all(map(torch.equal, mine, other))

@@ -53,17 +53,19 @@ class Kernel:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._step = library.step
         address, number = ctypes.c_void_p, ctypes.c_int
-        self._step.argtypes = [address, ctypes.c_int64, address, number, number, number]
+        self._step.argtypes = [address, ctypes.c_int64, address, number, number, number, ctypes.c_float]
         self._step.restype = None
 
-    def __call__(self, table: Table, scalars: tuple[float, ...], look: bool, factor: float = 1.0) -> None:
-        """Step with gradients times `factor`."""
+    def __call__(
+        self, table: Table, scalars: tuple[float, ...], look: bool, factor: float = 1.0, scale: float = 1.0
+    ) -> None:
+        """Step with gradients times `factor`, after they were multiplied by `scale` in place (fp32, in whole tiles of BLOCK)."""
         assert table.ok is None and table.factor is None, "the host knows whether it takes a step"
         numbers = np.zeros(FACTOR + 1, np.float32)
         numbers[: len(scalars)] = scalars
         numbers[FACTOR] = factor
-        threads = torch.get_num_threads()
-        self._step(table.rows.ctypes.data, len(table.rows), numbers.ctypes.data, threads, int(look), int(table.wide))
+        how = torch.get_num_threads(), int(look), int(table.wide), scale
+        self._step(table.rows.ctypes.data, len(table.rows), numbers.ctypes.data, *how)
 
 
 class Many:

@@ -15,6 +15,7 @@
 
 constexpr int BLOCK = 128;
 constexpr float FLOOR = 0x1p-90f;
+constexpr int STRETCH = 64;  // tiles
 constexpr int FACTOR = 7;  // the scalar that gradients are multiplied by
 
 static inline int32_t bits_of(float x) { int32_t b; std::memcpy(&b, &x, 4); return b; }
@@ -335,8 +336,9 @@ static int64_t elements(const Job* jobs, int64_t count) {
 }
 
 // Steps `count` jobs, whose gradients are in the format of the weights or, with `wide`, in fp32; with `look` only the maxima of
-// tiles are written, where `agreed` is not null.
-extern "C" void step(const Job* jobs, int64_t count, const float* scalars, int threads, int look, int wide) {
+// tiles are written, where `agreed` is not null. Unless `scale` is 1 gradients, fp32 of tiles of BLOCK elements, are multiplied by
+// it in place first, a stretch at a time that then is in cache.
+extern "C" void step(const Job* jobs, int64_t count, const float* scalars, int threads, int look, int wide, float scale) {
     auto step_tiles = wide ? run<RULE, WEIGHTS, Fp32, CODEC_A, CODEC_B> : run<RULE, WEIGHTS, WEIGHTS::Format, CODEC_A, CODEC_B>;
     int64_t total = elements(jobs, count);
     // Worker k has the elements k/workers … (k+1)/workers of all jobs, up to whole tiles.
@@ -347,7 +349,14 @@ extern "C" void step(const Job* jobs, int64_t count, const float* scalars, int t
                 int64_t inside = std::min(std::max<int64_t>(element - before, 0), jobs[j].numel);
                 return inside == jobs[j].numel ? jobs[j].tiles : int64_t(double(inside) / jobs[j].numel * jobs[j].tiles);
             };
-            step_tiles(jobs[j], tile(from), tile(to), scalars, look);
+            int64_t first = tile(from), last = tile(to), stretch = scale == 1 ? last - first : STRETCH;
+            for (int64_t stop; first < last; first = stop) {
+                stop = std::min(first + stretch, last);
+                auto grad = static_cast<float*>(const_cast<void*>(jobs[j].grad));
+                if (scale != 1)
+                    for (int64_t i = first * BLOCK, end = std::min(stop * BLOCK, jobs[j].numel); i < end; ++i) grad[i] *= scale;
+                step_tiles(jobs[j], first, stop, scalars, look);
+            }
         }
     });
 }

@@ -50,6 +50,7 @@ class Placed:
             found = [self._flat(*each) for each in zip(self.windows, self._local, found)]
             self.rows[:, GRAD] = list(map(Tensor.data_ptr, found))
         self._grads: list[Tensor] = found
+        self._scale = 1.0
 
     def _find_states(self) -> None:
         """Note where states lie. Whoever shares them with other processes moves them."""
@@ -71,11 +72,16 @@ class Placed:
         return grad.float()
 
     def scale(self, factor: float) -> None:
-        """Multiply the gradients last collected, and those of the parameters."""
-        torch._foreach_mul_(self._grads, factor)
+        """Multiply the gradients last collected, and those of the parameters: as they are stepped, where they lie plainly."""
+        self._scale *= factor
         if not self._direct:
+            self._scale_now()
             for window, grad in zip(self.windows, self._grads):
                 window.set_grad(grad)
+
+    def _scale_now(self) -> None:
+        torch._foreach_mul_(self._grads, self._scale)
+        self._scale = 1.0
 
     def squares(self) -> list[tuple[float, int]]:
         """Sums of squares of the gradients last collected, with the number of ranks that hold one copy."""
@@ -86,6 +92,7 @@ class Placed:
         there is no kernel for what the rule does now: an option such as `nesterov` may be another than at bind."""
         known, kernel = told(rule, h), exact_kernel(rule)
         if known is None or kernel is None:
+            self._scale_now()
             return False
         weights: list[Tensor] = self.params
         if not self._direct:
@@ -99,7 +106,9 @@ class Placed:
             rows, weights = rows[stepping], list(compress(weights, stepping))
         if len(rows):
             torch.autograd.graph.increment_version(weights)  # what was saved for a backward pass is another number soon
-            kernel(Table(rows, False, torch.device("cpu")), known.scalars, False, factor)
+            if self._scale != 1.0:  # those made in inference mode do not count
+                torch.autograd.graph.increment_version([grad for grad in self._grads if not grad.is_inference()])
+            kernel(Table(rows, False, torch.device("cpu")), known.scalars, False, factor, self._scale)
         if not self._direct:
             self.finish()
         return True

@@ -260,6 +260,7 @@ class Bound:
         grads = list(map(GRAD, self.params))
         present = [grad is not None for grad in grads]
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
+        asked = checked and not self.defers
         scaler_found = None if found_inf is None or self.defers else float(found_inf)
         squares: list[tuple[float, float]] = []
         error: ValueError | None = None
@@ -273,19 +274,19 @@ class Bound:
                 if alarm is not None:
                     raise ValueError(alarm)
                 group.collect(grads[span])
-                if checked and not scaler_found and not self.defers:
+                if asked and not scaler_found:
                     squares += [(found, holders / self.union.size) for found, holders in group.squares()]
         except ValueError as refused:
             error = refused
             present = [False] * len(present)
         verdict = reach_verdict(
-            squares if checked and not self.defers else None,
+            squares if asked else None,
             present,
             self.holds,
             self.union,
             self.norm,
             self.device,
-            checked=checked and not self.defers,
+            checked=asked,
             found_inf=scaler_found,
             error=error,
         )

@@ -82,7 +82,6 @@ class BoundElementwise:
         self.padded = -(-packed // LANES) * LANES
         self.lying = make_lying(windows)
         self._found: Lying | None = None  # where all gradients lie that were last collected, if that is known
-        self._simple = {i for i, window in enumerate(windows) if window.plain}
         self.weights = torch.zeros(self.padded, device=device)
         self.grads = torch.zeros(self.padded, device=device)
         self.slabs: dict[str, Tensor] = {}
@@ -106,9 +105,8 @@ class BoundElementwise:
         self._flat = self._plain is not None and all(param.ndim == 1 for param in self._plain)
         self._alone = {i: local_tensor(windows[i].param).numel() for i in [*self.large, *sorted(self.units.of)]}
         self._factor = 1.0  # of the gradients of what is placed
-        self._left: Tensor | None = (
-            None  # the factor of gradients of lower precision in units, if that is on the device
-        )
+        # The factor of gradients of lower precision in units, if that is on the device.
+        self._left: Tensor | None = None
 
     def _place(self, numbers: list[int], states: dict[str, State]) -> Placed | None:
         """Make the states of what a compiled kernel steps where it is, if there are enough of these parameters."""
@@ -151,24 +149,13 @@ class BoundElementwise:
             for view, grad in zip(self._grad_views, small):
                 if grad is None:
                     view.zero_()
-        self._large_grads: dict[int, Tensor] = {}
+        self._large_grads: dict[int, Tensor]
         if self._found is not None:
             self._large_grads = {i: grads[i] for i in self._alone}  # type: ignore[misc]
-            return
-        for i, numel in self._alone.items():
-            window, grad = self.windows[i], grads[i]
-            local = local_tensor(window.param)
-            if local.numel() != numel or local.is_cpu is self.gpu or not local.data_ptr():
-                window.check(local.numel(), numel, self.device.type)
-                window.refuse_freed(local)
-            if grad is not None and not (i in self._simple and grad.is_contiguous() and grad.data_ptr()):
-                window.refuse_freed(grad, "the gradient of ")
-                grad = window.grad()
-            if grad is None:
-                grad = torch.zeros(window.numel, device=self.device)
-            elif grad.numel() != window.numel:
-                window.check(grad.numel(), window.numel, self.device.type)
-            self._large_grads[i] = grad
+        else:
+            self._large_grads = {
+                i: self.windows[i].grad_at_address(grads[i], numel, self.device) for i, numel in self._alone.items()
+            }
 
     def squares(self) -> list[tuple[float, int]]:
         """Sums of squares of the gradients last collected, with the number of ranks that hold one copy."""

@@ -28,9 +28,8 @@ class Placed:
         self.kernel, self.numbers, self.windows = kernel, numbers, windows
         self.params = [window.param for window in windows]
         self.holders = np.array([window.holders for window in windows])
-        self.sizes = [window.numel for window in windows]
         self.rows = np.zeros((len(windows), WIDTH), np.int64)
-        self.rows[:, NUMEL] = self.sizes
+        self.rows[:, NUMEL] = [window.numel for window in windows]
         self.rows[:, TILES] = -(-self.rows[:, NUMEL] // BLOCK)
         self._states = [[window.state[name] for window in windows] for name in states]
         self._find_states()
@@ -47,7 +46,9 @@ class Placed:
         if lying is not None:
             self.rows[:, GRAD], self.rows[:, WEIGHT] = lying.grads[self.numbers], lying.weights[self.numbers]
         else:
-            found = [self._flat(*each) for each in zip(self.windows, self._local, found)]
+            device = torch.device("cpu")
+            every = zip(self.windows, found, self._local)
+            found = [window.grad_at_address(grad, numel, device).float() for window, grad, numel in every]
             self.rows[:, GRAD] = list(map(Tensor.data_ptr, found))
         self._grads: list[Tensor] = found
         self._scale = 1.0
@@ -59,17 +60,6 @@ class Placed:
         }
         for place, states in enumerate(self._states):
             self.rows[:, STATES + 3 * place] = list(map(Tensor.data_ptr, states))
-
-    def _flat(self, window: Window, numel: int, given: Tensor | None) -> Tensor:
-        """The gradient of a window, whose parameter has `numel` elements here."""
-        window.refuse_freed(window.param)
-        window.refuse_freed(given, "the gradient of ")
-        window.check(local_tensor(window.param).numel(), numel, "cpu")
-        grad = None if given is None else window.grad()
-        if grad is None:
-            return torch.zeros(window.numel, device="cpu", dtype=torch.float32)
-        window.check(grad.numel(), window.numel, "cpu")
-        return grad.float()
 
     def scale(self, factor: float) -> None:
         """Multiply the gradients last collected, and those of the parameters: as they are stepped, where they lie plainly."""

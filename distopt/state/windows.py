@@ -149,6 +149,22 @@ class Window:
         # Complex numbers leave gradients of one element behind whose sign is not in memory.
         return local_tensor(grad).resolve_neg().contiguous().view(-1)[self.start : self.stop]
 
+    def grad_at_address(self, given: Tensor | None, bound: int, device: torch.device) -> Tensor:
+        """The gradient, flat, or zeros where what is `given` of it is None, for a kernel that is handed addresses.
+
+        Raises:
+            ValueError: the parameter has not as many elements here as when it was `bound`, or lies not on this device, or it or
+                its gradient has no memory.
+        """
+        self.check(local_tensor(self.param).numel(), bound, device.type)
+        self.refuse_freed(self.param)
+        self.refuse_freed(given, "the gradient of ")
+        grad = None if given is None else self.grad()
+        if grad is None:
+            return torch.zeros(self.numel, dtype=torch.float32, device=device)
+        self.check(grad.numel(), self.numel, device.type)
+        return grad
+
 
 def refuse_sparse(windows: list[Window], grads: list[Tensor | None]) -> None:
     """Raise ValueError if one of the gradients is not a dense tensor."""

@@ -60,6 +60,7 @@ from torch.nn.functional import cross_entropy
 
 import distopt
 import distopt.checkpoint
+from distopt.comm.ending import leave
 from distopt.schedules import (
     WarmupConstant,
     WarmupCosine,
@@ -390,3 +391,4 @@ def due(step: int, every: int, last: int) -> bool:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave()

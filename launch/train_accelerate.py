@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import distopt.integrations.accelerate
+from distopt.comm.ending import leave
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,3 +141,4 @@ def sequence_loss(model: nn.Module, rows: Tensor) -> Tensor:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave()

@@ -29,6 +29,7 @@ try:
 except ImportError:
     sys.exit("launch/train_deepspeed.py needs DeepSpeed: pip install distopt[deepspeed]")
 
+from distopt.comm.ending import leave
 from distopt.integrations.deepspeed import from_config
 
 
@@ -158,3 +159,4 @@ def sequence_loss(engine: Any, rows: Tensor) -> Tensor:
 if __name__ == "__main__":
     # DeepSpeed's launcher passes --local_rank, which the environment says too.
     main([argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])
+    leave()

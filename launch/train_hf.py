@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 import distopt.integrations.transformers
+from distopt.comm.ending import leave
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,3 +138,4 @@ def _let_deepspeed_use_gloo() -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave()

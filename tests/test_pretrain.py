@@ -656,6 +656,30 @@ def torchrun(folder: Path, processes: int, *arguments: str) -> str:
     return done.stdout
 
 
+def test_a_rank_leaves_whatever_its_threads_do():
+    """A thread in torch while the interpreter ends aborts the process; `leave` gets past it, output and handlers too."""
+    script = """
+import atexit, threading, time
+import torch
+from distopt.comm.ending import leave
+
+def add(x):
+    started.set()
+    while True:
+        x + x
+
+started = threading.Event()
+threading.Thread(target=add, args=(torch.zeros(100_000),), daemon=True).start()
+threading.Thread(target=lambda: (time.sleep(0.2), print("joined"))).start()
+atexit.register(print, "handled")
+started.wait()
+leave()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    left = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (left.returncode, left.stdout, left.stderr) == (0, "joined\nhandled\n", "")
+
+
 def interrupted_copy(run: Path, step: int, to: Path) -> None:
     """What is left of a run that was killed some time after its checkpoint of `step`."""
     shutil.copytree(run, to)

@@ -58,15 +58,15 @@ def main() -> None:
     shapes = list(gpt2_124m().values())
     small = [(64,)] * 1000
     for name, sizes, options, clip, reach, rounds in (
-        ("GPT-2 124M, nonfinite=None", shapes, {"nonfinite": None}, False, "≤ 1.05", 31),
-        ("GPT-2 124M, verdict on", shapes, {}, False, "≤ 1.20", 31),
+        ("GPT-2 124M, nonfinite=None", shapes, {"nonfinite": None}, False, "≤ 1.05", 61),
+        ("GPT-2 124M, verdict on", shapes, {}, False, "≤ 1.20", 61),
         (
             "GPT-2 124M, max_grad_norm=1 (torch: clip_grad_norm_ + step)",
             shapes,
             {"max_grad_norm": 1.0},
             True,
             "< 1.00",
-            31,
+            61,
         ),
         ("1,000 tensors of 64, verdict on", small, {}, False, "≤ 0.40", 60),
     ):

@@ -8,8 +8,9 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from itertools import accumulate
+from itertools import accumulate, compress
 from typing import Any
 
 import torch.distributed as dist
@@ -246,6 +247,15 @@ class Bound:
         same = len(params) == len(self.params) and all(map(operator.is_, params, self.params))
         return same and list(map(DTYPE, params)) == self._dtypes
 
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Afterwards no group knows the gradients that it collected: zero_grad() is to free them."""
+        try:
+            yield
+        finally:
+            for group in self.groups:
+                group.release()
+
     def step(
         self,
         groups: list[dict[str, Any]],
@@ -259,6 +269,8 @@ class Bound:
         is to tell the verdict, for which nobody has waited."""
         grads = list(map(GRAD, self.params))
         present = [grad is not None for grad in grads]
+        if grad_scale is not None or engine["max_grad_norm"] is not None:
+            grads = self._apart(grads, present)
         checked = engine["nonfinite"] is not None or engine["max_grad_norm"] is not None
         asked = checked and not self.defers
         scaler_found = None if found_inf is None or self.defers else float(found_inf)
@@ -389,6 +401,18 @@ class Bound:
         for group in self.groups:
             group.watch()
 
+    def _apart(self, grads: list[Tensor | None], present: list[bool]) -> list[Tensor | None]:
+        """Give each parameter a gradient of its own, as it is going to be multiplied in place: torch.autograd.grad gives what
+        two parameters have alike once."""
+        if len(set(map(id, compress(grads, present)))) < sum(present):
+            seen: set[int] = set()
+            for param, grad in zip(self.params, grads):
+                if id(grad) in seen and grad is not None:
+                    param.grad = grad.clone()
+                seen.add(id(grad))
+            grads = list(map(GRAD, self.params))
+        return grads
+
     def _note(self, grads: list[Tensor | None]) -> None:
         """Remember the first gradient that a step has seen; see `accumulates`."""
         first = next((grad for grad in grads if grad is not None), None)
@@ -429,6 +453,7 @@ class Bound:
         if maximize:
             group.negate()
         group.step(rule, counters.ages[0] + 1, set(), self.union, final=True)
+        group.release()
         counters.advance(set())
 
     def total_norm(self, squares: float) -> float:

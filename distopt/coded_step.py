@@ -281,18 +281,18 @@ def step_units(
         kernels.finish()
         # A kernel writes to addresses: what was saved of these weights for a backward pass is another number now.
         written = [unit for unit in stepping if id(unit) in fused and not unit.hosted]
-        torch.autograd.graph.increment_version(
-            [w.raw for unit in written for i, w in zip(unit.members, unit.windows) if i not in inert]
-        )
+        moved = [w for unit in written for i, w in zip(unit.members, unit.windows) if i not in inert]
+        torch.autograd.graph.increment_version([w.raw if lying is None else w.param for w in moved])
     for unit, section, guest in visits(hosted, write=True):
         taken.take(unit, section, guest, known(unit, section))
         if observed is None:
             guest.leave()
     for flat in active.values():
         flat.write_back(inert)
-    for unit in stepping:
-        for window in unit.windows:
-            window.finish()
+    if lying is None:  # else all are contiguous
+        for unit in stepping:
+            for window in unit.windows:
+                window.finish()
 
 
 def _visits(

@@ -26,7 +26,7 @@ from distopt.plan.buckets import GroupPlan
 from distopt.plan.tiles import CHUNK, SMALL
 from distopt.plan.trace import step_values
 from distopt.rule import Rule, Shape, State, StateView
-from distopt.state.allocation import allocate
+from distopt.state.allocation import allocate, collapse
 from distopt.state.commit import put
 from distopt.state.lying import MANY, Lying, make_lying
 from distopt.state.pages.pager import Pager
@@ -85,7 +85,7 @@ class BoundElementwise:
         self.weights = torch.zeros(self.padded, device=device)
         self.grads = torch.zeros(self.padded, device=device)
         self.slabs: dict[str, Tensor] = {}
-        sizes = [windows[i].numel for i in self.small]
+        self._sizes = sizes = [windows[i].numel for i in self.small]
         for name, state in states.items():
             slab = self.slabs[name] = torch.zeros(self.padded, device=device)
             for i, part in zip(self.small, slab[:packed].split(sizes)):
@@ -115,6 +115,8 @@ class BoundElementwise:
             return None
         windows = [self.windows[i] for i in numbers]
         sizes = [window.numel for window in windows]
+        for window in windows:
+            collapse(window.raw)
         for name, state in states.items():
             slab = allocate(sum(sizes), torch.float32, self.device)
             for window, part in zip(windows, slab.split(sizes)):  # one after the other, as they are read
@@ -139,6 +141,8 @@ class BoundElementwise:
             self.placed.collect(grads, self._found)
         small = [grads[i] for i in self.small]
         present = [k for k, grad in enumerate(small) if grad is not None]
+        if self._found is None and self._plain is not None:
+            self._check_sizes(small)
         if self._packs_plainly() and len(present) == len(small):
             self._pack(small, self.grads)  # type: ignore[arg-type]
         else:
@@ -156,6 +160,14 @@ class BoundElementwise:
             self._large_grads = {
                 i: self.windows[i].grad_at_address(grads[i], numel, self.device) for i, numel in self._alone.items()
             }
+
+    def _check_sizes(self, small: list[Tensor | None]) -> None:
+        assert self._plain is not None
+        for tensors in (self._plain, small):
+            sizes = [size if tensor is None else tensor.numel() for tensor, size in zip(tensors, self._sizes)]
+            if sizes != self._sizes:
+                number = next(k for k, size in enumerate(sizes) if size != self._sizes[k])
+                self.windows[self.small[number]].check(sizes[number], self._sizes[number], self.device.type)
 
     def squares(self) -> list[tuple[float, int]]:
         """Sums of squares of the gradients last collected, with the number of ranks that hold one copy."""
@@ -292,10 +304,12 @@ class BoundElementwise:
             for name, value in view.new.items():
                 if name in self.scalars:
                     put(self.scalars[name], value, ok)
-        if final:  # zero_grad() is to free them
-            self._large_grads = {}
-            if self.placed is not None:
-                self.placed.release()
+
+    def release(self) -> None:
+        """Forget the gradients last collected: zero_grad() is to free them."""
+        self._large_grads = {}
+        if self.placed is not None:
+            self.placed.release()
 
     def scalar_state(self, name: str) -> Tensor:
         """A state of the group, 0-D."""

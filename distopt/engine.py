@@ -133,6 +133,10 @@ class BoundGroup:
         """Multiply the gradients last collected: in place, or in fp32 where they are of lower precision."""
         self._grads = scaled(self._grads, factor)
 
+    def release(self) -> None:
+        """Forget the gradients last collected: zero_grad() is to free them."""
+        self._grads = []
+
     def negate(self) -> None:
         """Turn the gradients last collected around; those of the parameters stay as they are."""
         self._grads = [-grad for grad in self._grads]

@@ -38,8 +38,8 @@ class Optimizer(torch.optim.Optimizer):
             "heads=32 cols", "transposed" (`distopt.plan.split` has all words). Rules see each as a weight of its own.
 
     And of the whole optimizer:
-        max_grad_norm: clip the global gradient norm, over every group and mesh, each shard counted once. Gradients are
-            left clipped, as torch.nn.utils.clip_grad_norm_ leaves them.
+        max_grad_norm: clip the global gradient norm, over every group and mesh, each shard counted once. Contiguous fp32
+            gradients are left clipped, as torch.nn.utils.clip_grad_norm_ leaves them; others may be left as they came.
         nonfinite: a NaN or infinity in any gradient on any rank raises ("raise"), skips the step on every rank
             ("skip"), or is not looked for (None: no extra pass; with max_grad_norm such a step is skipped all the same).
         missing_grad: a gradient that is there on some ranks only counts as zero ("zero") or raises ("raise"). One that
@@ -210,13 +210,14 @@ class Optimizer(torch.optim.Optimizer):
             "this optimizer steps in backward, where a GradScaler has not unscaled gradients yet; train in bf16",
         )
         self._vanishing.before(bound, self.param_groups)
-        outcome = bound.step(
-            self.param_groups,
-            self.engine,
-            grad_scale=scale,
-            found_inf=found,
-            idle=self.stepper is not None and self.stepper.skipped_steps > 0,
-        )
+        with bound.collecting():
+            outcome = bound.step(
+                self.param_groups,
+                self.engine,
+                grad_scale=scale,
+                found_inf=found,
+                idle=self.stepper is not None and self.stepper.skipped_steps > 0,
+            )
         self._vanishing.after(bound, self.param_groups, outcome is None or outcome.finite)
         if outcome is not None:
             self._take_note(outcome)
@@ -265,7 +266,9 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: no rule here observes it, there is nothing to observe, a value has the wrong shape, or it is not
                 finite. On every rank alike, with states unchanged.
         """
-        return observe(self._bind(), self.param_groups, self.engine, name, values)
+        bound = self._bind()
+        with bound.collecting():
+            return observe(bound, self.param_groups, self.engine, name, values)
 
     def split_groups(self) -> None:
         """Make every parameter a group of its own, with the same options; see `distopt.step_in_backward`.

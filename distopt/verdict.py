@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distopt.comm.groups import Domain
 
-SLICE = 1 << 20
+SLICE = 1 << 12
 """Elements per partial sum of squares: added in fp64, so that the norm of a large tensor keeps fp32's precision."""
 
 
@@ -61,8 +61,11 @@ def _on_host(tensor: Tensor) -> float:
     if tensor.numel() == 0:
         return 0.0
     flat = tensor.float().view(-1)
-    values = [torch.dot(part, part).item() for part in flat.split(SLICE)]
-    total = math.fsum(values) if all(map(math.isfinite, values)) else math.inf
+    whole = flat.numel() // SLICE * SLICE
+    parts, rest = flat[:whole].view(-1, SLICE), flat[whole:]
+    total = torch.dot(rest, rest).item()
+    if whole:
+        total += torch.linalg.vector_norm(parts, dim=1).double().square().sum().item()
     return total if math.isfinite(total) else torch.linalg.vector_norm(flat, dtype=torch.float64).item() ** 2
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import distopt
 from distopt.quasi_newton import DRIVERS
@@ -26,6 +27,21 @@ def test_states_have_the_shapes_that_the_catalog_names(name: str, kind: str) -> 
     sizes = {"rows": 6, "cols": 10, "n": 10, "1": 1, "1 per group": 1, "rank": min(info.defaults.get("rank", 1), 6)}
     named = {key: torch.Size(sizes[word] for word in shape.split(" × ")).numel() for key, shape in expected.items()}
     assert {key: value.numel() for key, value in kept.items()} == named
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_gradients_that_are_cleared_are_freed(name: str) -> None:
+    """After a step, and after one that was skipped: a backward pass that follows needs the memory."""
+    params = [nn.Parameter(torch.randn(40, 50)) for _ in range(2)]
+    build: Callable[..., distopt.Optimizer] = getattr(distopt, distopt.optimizer_info(name).optimizer)
+    built = build([("w", params[0]), ("v", params[1])], nonfinite="skip")
+    for number in (1.0, torch.inf):
+        for param in params:
+            param.grad = torch.full((40, 50), number)
+        storages = [StorageWeakRef(param.grad.untyped_storage()) for param in params]
+        built.step()
+        built.zero_grad()
+        assert all(storage.expired() for storage in storages)
 
 
 @pytest.mark.parametrize("name", DRIVERS)

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import distopt
 from distopt.kernels import native
-from distopt.state import placed
+from distopt.state import allocation, placed
 from distopt.state.lying import MANY
 
 pytestmark = pytest.mark.skipif(native.build("Lion", ("Fp32",)) is None, reason="needs a C++ compiler")
@@ -212,13 +213,74 @@ def test_gradients_are_left_clipped() -> None:
     assert norm == pytest.approx(0.1, rel=1e-4)
 
 
+@pytest.mark.parametrize("bad", [1.0, math.inf])
 @pytest.mark.parametrize("shape", [(40,), (100, 101)])
-def test_gradients_that_are_cleared_are_freed(shape: tuple[int, ...]) -> None:
-    params, built = many(shape)
+def test_gradients_that_are_cleared_are_freed(shape: tuple[int, ...], bad: float) -> None:
+    """Those of a step that is skipped as well."""
+    params, built = many(shape, nonfinite="skip")
+    params[1].grad.view(-1)[0] = bad
     built.step()
+    assert built.skipped_steps == (bad == math.inf)
     grad = weakref.ref(params[0].grad)
     built.zero_grad()
     assert grad() is None
+
+
+@pytest.mark.parametrize("count", [3, MANY])
+@pytest.mark.parametrize("shape", [(40,), (200, 101)])
+def test_a_gradient_that_two_parameters_have_alike_is_clipped_once(count: int, shape: tuple[int, ...]) -> None:
+    """As torch.autograd.grad gives it: torch's own clipping multiplies it twice."""
+    params, built = many(shape, count=count, max_grad_norm=1.0)
+    params[1].data.copy_(params[0].data)
+    params[1].grad = params[0].grad
+    built.step()
+    assert torch.equal(params[0], params[1])
+    norm = torch.stack([param.grad.norm() for param in params]).norm().item()
+    assert norm == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [30, 50])
+@pytest.mark.parametrize("what", ["weight", "gradient"])
+def test_a_small_parameter_of_another_size_is_refused_before_anything_changes(what: str, size: int) -> None:
+    params, built = many((40,), count=3)
+    built.step()
+    before = [param.detach().clone() for param in params]
+    params[1].grad = None
+    params[1].data = torch.ones(size)
+    params[1].grad = torch.ones(size)  # torch wants them alike now
+    if what == "weight":
+        before[1] = params[1].detach().clone()
+    else:
+        params[1].data = before[1].clone()
+    with pytest.raises(ValueError, match=f"'p1' had 40 elements on cpu here .* has {size}"):
+        built.step()
+    assert all(map(torch.equal, params, before))
+
+
+def test_gradients_are_not_touched_where_there_is_no_kernel_and_nothing_to_clip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params, built = many((40,))
+    monkeypatch.setattr(placed, "exact_kernel", lambda rule: None)
+    versions = [param.grad._version for param in params]
+    built.step()
+    assert versions == [param.grad._version for param in params]
+
+
+def test_overlapping_gradients_are_stepped_alike_on_any_number_of_threads() -> None:
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            params, built = many((100, 101), max_grad_norm=1.0)
+            params[1].data.copy_(params[0].data)
+            params[1].grad = params[0].grad.view(100, 101)
+            built.step()
+            found.append(torch.stack([param.detach() for param in params]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    assert torch.equal(found[0][0], found[0][1])
 
 
 def test_any_number_of_threads_finds_the_same_norm() -> None:
@@ -309,3 +371,19 @@ def test_gradients_are_scaled_once_as_they_are_stepped(maximize: bool, monkeypat
         torch.set_num_threads(threads)
     assert placed_here and not placed_there
     assert all(map(torch.equal, mine, other))
+
+
+@pytest.mark.parametrize("policy", ["always [madvise] never", "always madvise [never]", None])
+def test_weights_keep_their_address_and_numbers_in_huge_pages(
+    policy: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = tmp_path / "enabled"
+    if policy is not None:
+        said.write_text(policy)
+    monkeypatch.setattr(allocation, "HUGE_PAGES", said)
+    whole = torch.randn(3 * allocation.LARGE // 4)
+    for tensor in (whole, whole[1:], whole[:10], torch.empty(0)):
+        before, address = tensor.clone(), tensor.data_ptr()
+        allocation.collapse(tensor)
+        assert torch.equal(tensor, before)
+        assert tensor.data_ptr() == address

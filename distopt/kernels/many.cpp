@@ -50,43 +50,62 @@ extern "C" int64_t look(const Exchange* exchange, void* list, int64_t device, co
     return others;
 }
 
-// Elements whose squares are added in fp32, side by side in LANES sums, before they are added in fp64.
-constexpr int64_t SLICE = 4096, LANES = 64;
+// Squares are added in fp32, a RUN of elements side by side in LANES sums, and these in fp64, a SLICE at a time.
+constexpr int64_t LANES = 16, RUN = 4096, SLICE = 16 * RUN;
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef double Wide __attribute__((vector_size(8 * LANES)));
 
-static double squares_of(const float* x, int64_t n) {
-    int64_t whole = n / LANES * LANES;
-    float sums[LANES] = {};
-    for (int64_t i = 0; i < whole; i += LANES)
-        for (int k = 0; k < LANES; ++k) sums[k] = std::fma(x[i + k], x[i + k], sums[k]);
-    double sum = 0;
-    for (int k = 0; k < LANES; ++k) sum += sums[k];
-    for (int64_t i = whole; i < n; ++i) sum += double(x[i]) * x[i];
-    if (!std::isfinite(sum)) {  // a square may be beyond fp32 where its number is not
-        sum = 0;
-        for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * x[i];
+struct Slice {
+    const float* x;
+    int64_t n;
+};
+
+// Of slices of one size, read in turn: processors fetch two streams of small pages faster than one.
+template <int COUNT>
+static void squares_of(const Slice* slices, double* found) {
+    int64_t n = slices[0].n, whole = n / LANES * LANES;
+    Wide sums[COUNT] = {};
+    for (int64_t i = 0, stop; i < whole; i = stop) {
+        Vector parts[COUNT] = {};
+        stop = std::min(i + RUN, whole);
+        for (int64_t j = i; j < stop; j += LANES)
+            for (int k = 0; k < COUNT; ++k) {
+                auto x = *reinterpret_cast<const Vector*>(slices[k].x + j);
+                parts[k] += x * x;
+            }
+        for (int k = 0; k < COUNT; ++k) sums[k] += __builtin_convertvector(parts[k], Wide);
     }
-    return sum;
+    for (int k = 0; k < COUNT; ++k) {
+        auto x = slices[k].x;
+        double sum = 0;
+        for (int lane = 0; lane < LANES; ++lane) sum += sums[k][lane];
+        for (int64_t i = whole; i < n; ++i) sum += double(x[i]) * x[i];
+        if (!std::isfinite(sum)) {  // a square may be beyond fp32 where its number is not
+            sum = 0;
+            for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * x[i];
+        }
+        found[k] = sum;
+    }
 }
-
-static int64_t slices_of(int64_t numel) { return (numel + SLICE - 1) / SLICE; }
 
 // Sums of squares of `count` fp32 tensors: of slices, added up in their order whatever the threads.
 extern "C" void squares(const int64_t* addresses, const int64_t* numels, int64_t count, int threads, double* found) {
-    int64_t slices = 0, elements = 0;
-    for (int64_t j = 0; j < count; ++j) slices += slices_of(numels[j]), elements += numels[j];
-    std::vector<double> sums(slices);
-    shared_out(elements, threads, [=, &sums](int64_t k, int64_t workers) {
-        int64_t from = slices * k / workers, to = slices * (k + 1) / workers;
-        for (int64_t j = 0, first = 0; j < count && first < to; first += slices_of(numels[j++])) {
-            auto x = reinterpret_cast<const float*>(addresses[j]);
-            for (int64_t i = std::max(from, first); i < std::min(to, first + slices_of(numels[j])); ++i) {
-                int64_t start = (i - first) * SLICE;
-                sums[i] = squares_of(x + start, std::min(SLICE, numels[j] - start));
-            }
+    std::vector<Slice> slices;
+    int64_t elements = 0;
+    for (int64_t j = 0; j < count; elements += numels[j++])
+        for (int64_t i = 0; i < numels[j]; i += SLICE)
+            slices.push_back({reinterpret_cast<const float*>(addresses[j]) + i, std::min(SLICE, numels[j] - i)});
+    std::vector<double> sums(slices.size());
+    shared_out(elements, threads, [&](int64_t k, int64_t pieces) {
+        int64_t to = slices.size() * (k + 1) / pieces;
+        for (int64_t i = slices.size() * k / pieces; i < to;) {
+            bool two = i + 1 < to && slices[i].n == slices[i + 1].n;
+            (two ? squares_of<2> : squares_of<1>)(&slices[i], &sums[i]);
+            i += 1 + two;
         }
     });
     for (int64_t j = 0, slice = 0; j < count; ++j) {
         found[j] = 0;
-        for (int64_t i = 0; i < slices_of(numels[j]); ++i) found[j] += sums[slice++];
+        for (int64_t i = 0; i < numels[j]; i += SLICE) found[j] += sums[slice++];
     }
 }

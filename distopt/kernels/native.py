@@ -59,7 +59,7 @@ class Kernel:
     def __call__(
         self, table: Table, scalars: tuple[float, ...], look: bool, factor: float = 1.0, scale: float = 1.0
     ) -> None:
-        """Step with gradients times `factor`, after they were multiplied by `scale` in place (fp32, in whole tiles of BLOCK)."""
+        """Step with gradients times `factor`, after they were multiplied by `scale` in place (fp32, of jobs without `starts`)."""
         assert table.ok is None and table.factor is None, "the host knows whether it takes a step"
         numbers = np.zeros(FACTOR + 1, np.float32)
         numbers[: len(scalars)] = scalars

@@ -329,24 +329,21 @@ static void run(const Job& job, int64_t first, int64_t last, const float* s, boo
     }
 }
 
-static int64_t elements(const Job* jobs, int64_t count) {
-    int64_t total = 0;
-    for (int64_t j = 0; j < count; ++j) total += jobs[j].numel;
-    return total;
-}
-
 // Steps `count` jobs, whose gradients are in the format of the weights or, with `wide`, in fp32; with `look` only the maxima of
-// tiles are written, where `agreed` is not null. Unless `scale` is 1 gradients, fp32 of tiles of BLOCK elements, are multiplied by
-// it in place first, a stretch at a time that then is in cache.
+// tiles are written, where `agreed` is not null. Unless `scale` is 1 gradients, fp32 and of jobs without `starts`, are multiplied
+// by it in place first, a stretch at a time that then is in cache.
 extern "C" void step(const Job* jobs, int64_t count, const float* scalars, int threads, int look, int wide, float scale) {
     auto step_tiles = wide ? run<RULE, WEIGHTS, Fp32, CODEC_A, CODEC_B> : run<RULE, WEIGHTS, WEIGHTS::Format, CODEC_A, CODEC_B>;
-    int64_t total = elements(jobs, count);
-    // Worker k has the elements k/workers … (k+1)/workers of all jobs, up to whole tiles.
-    shared_out(total, threads, [=](int64_t k, int64_t workers) {
-        int64_t from = total * k / workers, to = total * (k + 1) / workers, before = 0;
-        for (int64_t j = 0; j < count && before < to; before += jobs[j].numel, ++j) {
+    std::vector<int64_t> firsts(count + 1);  // of the elements of all jobs
+    for (int64_t j = 0; j < count; ++j) firsts[j + 1] = firsts[j] + jobs[j].numel;
+    int64_t total = firsts[count];
+    // Piece k has the elements k/pieces … (k+1)/pieces of all jobs, up to whole tiles.
+    shared_out(total, threads, [&](int64_t k, int64_t pieces) {
+        int64_t from = total * k / pieces, to = total * (k + 1) / pieces;
+        int64_t j = std::upper_bound(firsts.begin(), firsts.end(), from) - firsts.begin() - 1;
+        for (; j < count && firsts[j] < to; ++j) {
             auto tile = [&](int64_t element) {
-                int64_t inside = std::min(std::max<int64_t>(element - before, 0), jobs[j].numel);
+                int64_t inside = std::min(std::max<int64_t>(element - firsts[j], 0), jobs[j].numel);
                 return inside == jobs[j].numel ? jobs[j].tiles : int64_t(double(inside) / jobs[j].numel * jobs[j].tiles);
             };
             int64_t first = tile(from), last = tile(to), stretch = scale == 1 ? last - first : STRETCH;

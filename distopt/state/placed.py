@@ -62,15 +62,23 @@ class Placed:
             self.rows[:, STATES + 3 * place] = list(map(Tensor.data_ptr, states))
 
     def scale(self, factor: float) -> None:
-        """Multiply the gradients last collected, and those of the parameters: as they are stepped, where they lie plainly."""
+        """Multiply the gradients last collected, and those of the parameters: as they are stepped, where they lie plainly and
+        apart."""
         self._scale *= factor
-        if not self._direct:
+        if not self._direct or self._overlap():
             self._scale_now()
             for window, grad in zip(self.windows, self._grads):
                 window.set_grad(grad)
 
+    def _overlap(self) -> bool:
+        """Whether gradients share memory."""
+        order = np.argsort(self.rows[:, GRAD])
+        starts = self.rows[order, GRAD]
+        return bool((starts[1:] < starts[:-1] + 4 * self.rows[order[:-1], NUMEL]).any())
+
     def _scale_now(self) -> None:
-        torch._foreach_mul_(self._grads, self._scale)
+        if self._scale != 1.0:
+            torch._foreach_mul_(self._grads, self._scale)
         self._scale = 1.0
 
     def squares(self) -> list[tuple[float, int]]:

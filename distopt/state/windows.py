@@ -150,14 +150,24 @@ class Window:
         return local_tensor(grad).resolve_neg().contiguous().view(-1)[self.start : self.stop]
 
     def grad_at_address(self, given: Tensor | None, bound: int, device: torch.device) -> Tensor:
-        """The gradient, flat, or zeros where what is `given` of it is None, for a kernel that is handed addresses.
+        """The gradient, contiguous, or zeros where what is `given` of it is None, for a kernel that is handed addresses.
 
         Raises:
             ValueError: the parameter has not as many elements here as when it was `bound`, or lies not on this device, or it or
                 its gradient has no memory.
         """
-        self.check(local_tensor(self.param).numel(), bound, device.type)
-        self.refuse_freed(self.param)
+        local = local_tensor(self.param)
+        if local.numel() != bound or local.device.type != device.type or not local.data_ptr():
+            self.check(local.numel(), bound, device.type)
+            self.refuse_freed(local)
+        if (
+            type(given) is Tensor
+            and given.numel() == self.numel == bound
+            and given.is_contiguous()
+            and given.data_ptr()
+            and not given.is_neg()
+        ):
+            return given  # as it is
         self.refuse_freed(given, "the gradient of ")
         grad = None if given is None else self.grad()
         if grad is None:
